@@ -428,6 +428,7 @@ class Temperature(nn.Module):
         return self.log_alpha.exp()
 
 
+# region ams
 class LayerNorm(nn.Module):
     """nn.LayerNorm over the last axis for every member of a stack: [*stack, B, size] -> the same shape."""
 
@@ -513,6 +514,9 @@ def neighborhood_value(
         K = neighbors.shape[2]
         values = critic(next_observations.repeat_interleave(K, 1), neighbors.flatten(1, 2)).unflatten(-1, (-1, K))
     return values.amin(1).mean(-1)
+
+
+# endregion
 
 
 def squashed_sample(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:

@@ -405,6 +405,7 @@ class Actor(nn.Module):
         return torch.tanh(self.layers[-1](hidden))
 
 
+# region ams
 class LayerNorm(nn.Module):
     """nn.LayerNorm over the last axis for every member of a stack: [*stack, B, size] -> the same shape."""
 
@@ -490,6 +491,9 @@ def neighborhood_value(
         K = neighbors.shape[2]
         values = critic(next_observations.repeat_interleave(K, 1), neighbors.flatten(1, 2)).unflatten(-1, (-1, K))
     return values.amin(1).mean(-1)
+
+
+# endregion
 
 
 def smoothed_target_actions(target_actions: Tensor, policy_noise: float, noise_clip: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The shared regions: the same bytes in every script that has them.
 
-python tests/regions.py                 print what differs from baselines/td3.py; exit status 1 if anything does
+python tests/regions.py                 print what differs; exit status 1 if anything does
 python tests/regions.py --write td3     copy each region of baselines/td3.py to every script that has it
 """
 
@@ -23,27 +23,28 @@ def regions(path: Path) -> dict[str, str]:
 
 
 def differences(source: Path) -> list[str]:
-    """Unified diffs of every shared region that is not the same as in source, for all scripts."""
-    original, diffs = regions(source), []
+    """Unified diffs of every region that is not the same everywhere: against source, or else the first script that has it."""
+    originals = {name: (source, text) for name, text in regions(source).items()}
+    diffs = []
     for path in scripts():
         for name, text in regions(path).items():
-            if name in original and text != original[name]:
-                names = str(source.relative_to(ROOT)), str(path.relative_to(ROOT))
-                diffs += difflib.unified_diff(original[name].splitlines(True), text.splitlines(True), *names, n=1)
+            where, original = originals.setdefault(name, (path, text))
+            names = str(where.relative_to(ROOT)), str(path.relative_to(ROOT))
+            diffs += difflib.unified_diff(original.splitlines(True), text.splitlines(True), *names, n=1)
     return diffs
 
 
 def write(source: Path) -> None:
-    original = regions(source)
+    originals = regions(source)
     for path in scripts():
-        path.write_text(REGION.sub(lambda match: original.get(match[1], match[0]), path.read_text()))
+        path.write_text(REGION.sub(lambda match: originals.get(match[1], match[0]), path.read_text()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", metavar="NAME", choices=[path.stem for path in (ROOT / "baselines").glob("*.py")])
+    parser.add_argument("--write", metavar="NAME", choices=[path.stem for path in scripts()])
     arguments = parser.parse_args()
-    parent = ROOT / "baselines" / f"{arguments.write or 'td3'}.py"
+    parent = next(path for path in scripts() if path.stem == (arguments.write or "td3"))
     if arguments.write:
         write(parent)
     sys.stdout.writelines(differences(parent))
