@@ -83,6 +83,13 @@ def parse_args(argv: list[str] | None = None) -> "Args":
                 raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.track:
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.Error as error:
+            raise UserError(f"--track: {one_line(error)} WANDB_MODE=offline needs no account.") from None
     return args
 
 
@@ -224,6 +231,12 @@ def make_worker_env(env_id: str) -> gym.Env:
     return make_env(env_id)
 
 
+def kill_workers() -> None:
+    """Ends the workers, which ignore the SIGTERM that multiprocessing would send them at exit, and wait for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 class EnvSpec(NamedTuple):
     """What the networks need to know of an environment."""
 
@@ -270,6 +283,8 @@ class VectorEnv:
         gym.logger.min_level = gym.logger.ERROR + 1  # a worker's fault is reported once, by faults()
         self.env_id, self.num_envs, self.parallel, self.timeout = env_id, num_envs, parallel, timeout
         engine = gym.vector.AsyncVectorEnv if parallel else gym.vector.SyncVectorEnv
+        if parallel:
+            multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
         with self.faults():
             thunks = [partial(make_worker_env, env_id)] * num_envs
             self.envs = engine(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
@@ -818,8 +833,7 @@ class StopRequest:
 
     def handle(self, number: int, _) -> None:
         if self.requested:
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            kill_workers()
             os._exit(128 + number)
         self.requested = True
         print("\nstopping: saving the run (a second signal stops at once)", file=sys.stderr)
