@@ -242,11 +242,24 @@ def draw_surfaces(suite: str, runs: list[Run], path: Path) -> bool:
                 axis.set_axis_off()
                 axis.text2D(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", color="0.5")
                 continue
-            axis.plot_surface(x, y, found[method].clip(max=top), cmap="viridis", vmin=0, vmax=top, rstride=1, cstride=1, lw=0)
+            axis.plot_surface(
+                x,
+                y,
+                found[method].clip(max=top),
+                cmap="viridis",
+                vmin=0,
+                vmax=top,
+                rstride=1,
+                cstride=1,
+                lw=0,
+                antialiased=False,
+            )
             axis.set_zlim(0, top)
             axis.set_xlabel(f"state[{found['state']}] offset", fontsize=7, labelpad=-4)
             axis.set_ylabel(f"action[{found['action']}] offset", fontsize=7, labelpad=-4)
             axis.set_zlabel("M", fontsize=7, labelpad=-6)
+            axis.set_xticks((-STATE_REACH, 0, STATE_REACH))
+            axis.set_yticks((-ACTION_REACH, 0, ACTION_REACH))
             axis.tick_params(labelsize=6, pad=-2)
     figure.subplots_adjust(left=0.02, right=0.96, top=1 - 0.75 / size[1], bottom=0.3 / size[1], wspace=0.12, hspace=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
