@@ -77,7 +77,7 @@ class Result(NamedTuple):
 
     def counted(self) -> str:
         episodes = len(self.final) // len(self.members)
-        text = f"{len(self.members)} seed{'s' * (len(self.members) > 1)} of {episodes} ep."
+        text = f"{len(self.members)} seed{'s' * (len(self.members) > 1)}, {episodes} ep."
         return text if self.share == 1 else f"{text}, {self.share:.2g} of the steps"
 
 
@@ -138,7 +138,9 @@ def pave_table(number: int, results: Results) -> Table:
         for of, decimals, higher in (("return", DECIMALS.get(env_id, 0), True), ("smoothness", 3, False)):
             mine = [results.get((suite, method, env_id)) for method in sweep.PAVE_METHODS]
             means = [result and result.final[of].mean() for result in mine]
-            notes = [r and f"<br>({r.final[of].std(ddof=0):.{decimals}f})<br><small>{r.counted()}</small>" for r in mine]
+            notes = [r and f"<br>({r.final[of].std(ddof=0):.{decimals}f})" for r in mine]
+            if of == "return":
+                notes = [r and f"{note}<br><small>{r.counted()}</small>" for r, note in zip(mine, notes)]
             theirs = printed.loc[[(method, env_id) for method in sweep.PAVE_METHODS]]
             deviations = [f"<br>({value:.{decimals}f})" for value in theirs[f"{of}_std"]]
             ours = best_marked(means, decimals, higher, notes)
@@ -150,9 +152,9 @@ def pave_table(number: int, results: Results) -> Table:
         rows.append([f"{name}, paper", *(theirs[index] for _, theirs in columns)])
     header = ["", *(f"{SHORT[env_id]}<br>{sign}" for env_id in sweep.PAVE_ENVS for sign in ("re ↑", "sm ↓"))]
     caption = (
-        f"Return (re) and smoothness score (sm) on {backbone.upper()}: mean and (standard deviation) over all episodes of "
+        "Return (re) and smoothness score (sm): mean and (standard deviation) over all episodes of all seeds, deterministic "
     )
-    caption += "all seeds, deterministic policy. Best in bold, second underlined, ours and the paper's each among themselves."
+    caption += "policy; below, seeds and episodes of each. Best in bold, second underlined, ours and the paper's by themselves."
     return Table(f"PAVE, table {number}: {backbone.upper()} (SiLU-unified)", caption, header, rows)
 
 
