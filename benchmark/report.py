@@ -154,7 +154,7 @@ def pave_table(number: int, results: Results) -> Table:
     caption = (
         "Return (re) and smoothness score (sm): mean and (standard deviation) over all episodes of all seeds, deterministic "
     )
-    caption += "policy; below, seeds and episodes of each. Best in bold, second underlined, ours and the paper's by themselves."
+    caption += "policy; below, seeds and episodes of each. Best in bold, second underlined, ours and the paper's apart."
     return Table(f"PAVE, table {number}: {backbone.upper()} (SiLU-unified)", caption, header, rows)
 
 

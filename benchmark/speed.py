@@ -3,9 +3,10 @@
     python benchmark/speed.py                        # CPU, and CUDA where there is one -> report/speed.csv, figures/speed.png
     python benchmark/speed.py --steps 500 --repeats 1 --studies libraries
 
-Every figure is one training process from its own defaults, all with the same environment, networks (256, 256, ReLU), batch (256),
-replay and one update a vector step. The processes take turns, and the median over the repeats counts. The clock runs between two
-lines of a process's log, after warm-up, compilation and a number of updates to settle. Run it on a machine that is otherwise idle.
+Every figure is one training process with its own defaults, all with the same environment, networks (256, 256, ReLU), batch
+(256), replay and one update a vector step. The processes take turns; the median over the repeats counts. The clock runs
+between two lines of a process's log, after warm-up, compilation and a number of updates to settle. Run it on a machine that
+does nothing else.
 """
 
 import csv
@@ -134,7 +135,7 @@ def gpu_memory_mib() -> float | None:
 
 
 def time_case(case: Case, options: Options) -> dict[str, float]:
-    """Trains once, in a folder of its own that is deleted afterwards; raises UserError with the process's last line if it fails."""
+    """Trains once, in a folder of its own that is deleted afterwards; raises UserError with what a failed process said last."""
     times, gpu_before, gpu_peak = {}, gpu_memory_mib() if case.device == "cuda" else None, 0.0
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
