@@ -135,7 +135,7 @@ class Args:
     save_replay: bool = True  # keep the replay beside the checkpoint, so that a resumed run goes on where it was
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is a GPU
     num_threads: Count = 1  # PyTorch's CPU threads; the networks are small, and the environments want the other cores
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the update; auto is on with cuda
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the update; auto is on with cuda, and for a long run
     cuda_graph: bool = True  # with cuda, replay the update as one captured graph; without, run it eagerly
     vector_env: Literal["auto", "async", "sync"] = "auto"  # a process an environment, or none; auto times a step
     env_timeout: Positive = 300.0  # seconds after which an environment that does not answer ends the run
@@ -144,6 +144,10 @@ class Args:
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
     capture_video: bool = False  # at each evaluation, record an episode of the first seed in runs/NAME/videos
+
+    def __post_init__(self):
+        if self.activation == "relu" and (self.mpr_weight or self.vfc_weight or self.curvature_weight):
+            raise UserError("--activation relu has no second derivative, PAVE needs one: use silu (or all three weights 0)")
 
 
 # region protocol_td3
@@ -908,8 +912,6 @@ def guarded(folder: Path, *envs: VectorEnv) -> Iterator[None]:
 
 
 def train(args: Args) -> None:
-    if args.activation == "relu" and (args.mpr_weight or args.vfc_weight or args.curvature_weight):
-        raise UserError("PAVE needs a critic with second derivatives: --activation silu (or all three weights 0)")
     spec = read_env_spec(args.env_id)
     use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
@@ -971,7 +973,8 @@ def train(args: Args) -> None:
     envs, eval_envs = make_vector_env(args, spec, S * N), make_vector_env(args, spec, S * args.eval_episodes)
     folder = make_run_folder(args)
     stop, logger, episodes = StopRequest(), Logger(args, folder, step), read_episodes(folder, step)
-    if args.compile == "on" or (args.compile == "auto" and use_cuda):
+    long_run = args.total_timesteps - step >= 50_000 and shutil.which("g++")  # on a CPU compiling costs half a minute
+    if args.compile == "on" or (args.compile == "auto" and (use_cuda or long_run)):
         update = torch.compile(update)
     if use_cuda and args.cuda_graph:
         update = CapturedUpdate(update)

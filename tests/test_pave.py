@@ -298,7 +298,8 @@ def test_without_its_terms_pave_is_its_parent(script, tmp_path):
         result = run_script(script, *flags, cwd=tmp_path / name)
         assert result.returncode == 0, result.stderr
         (folder,) = (tmp_path / name / "runs").iterdir()
-        networks = torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]
+        modules = torch.load(folder / "checkpoint.pt", weights_only=True)["modules"]
+        networks = {name: state for name, state in modules.items() if not name.endswith("_optimizer")}
         assert all(math.isfinite(x.sum()) for state in networks.values() for x in state.values())
         return json.loads((folder / "args.json").read_text()), networks
 
