@@ -8,6 +8,7 @@ The protocol is the paper's ("SiLU-unified"), the weights go by the environment.
 
     python td3_pave.py --env-id Walker2d-v5
     python td3_pave.py --env-id Pendulum-v1 --num-seeds 5 --curvature-weight 0
+    python td3_pave.py --env-id LunarLander-v3 --caps-temporal-weight 0.1 --caps-spatial-weight 0.5     # PAVE and CAPS
 
 Shapes: S seeds, N environments a seed, B batch, O observation, A action, H hidden, T time. The second axis of a critic's
 value [S, 2, B] is the twin. Actions are normalised to [-1, 1] everywhere but inside the environments.
@@ -123,6 +124,9 @@ class Args:
     curvature_weight: NonNegative = 0.01  # of the curvature preservation
     sigma: NonNegative = 0.01  # standard deviation of MPR's noise on the observation
     delta: NonNegative = 1.0  # least curvature of Q along the action that Curv asks for
+    caps_temporal_weight: NonNegative = 0.0  # of CAPS on the actor besides, as in baselines/td3_caps.py: there 0.1
+    caps_spatial_weight: NonNegative = 0.0  # there 0.5; both 0: no CAPS, no cost
+    caps_sigma: NonNegative = 0.2  # standard deviation of its perturbation of the observation
     learning_starts: Whole = 10_000  # vector steps of uniform random actions before the first update
     policy_frequency: Count = 2  # updates of the critic for each of the actor and the targets
     hidden_sizes: Widths = (400, 300)  # hidden layers, actor and critic
@@ -554,6 +558,21 @@ def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
     return (values - targets.unsqueeze(1)).square().mean(-1).sum(-1)
 
 
+# region caps
+def caps_loss(
+    action: Tensor, next_action: Tensor, perturbed_action: Tensor, temporal_weight: float, spatial_weight: float
+) -> Tensor:
+    """temporal_weight 1/2 mean (a(s) - a(s'))^2 + spatial_weight 1/2 mean (a(s) - a(s + n))^2 -> [S].
+
+    action a(s), next_action a(s'), perturbed_action a(s + n) [S, B, A]; means over B and A, where the paper has a norm.
+    """
+    temporal, spatial = ((action - other).square().mean((-1, -2)) for other in (next_action, perturbed_action))
+    return 0.5 * (temporal_weight * temporal + spatial_weight * spatial)
+
+
+# endregion
+
+
 # region replay
 class ReplayBuffer:
     """A ring of the last capacity transitions of each seed: rows [S, capacity, W], split into named columns.
@@ -955,8 +974,15 @@ def train(args: Args) -> None:
         metrics["diagnostics/critic_grad_norm"] = gradient_norm(critic)
         metrics["diagnostics/td_target_variance"] = targets.var(-1)
         if update_actor:
-            actor_loss = -critic(observations, actor(observations), slice(1)).mean((1, 2))  # the first twin's value
+            actions = actor(observations)
+            actor_loss = -critic(observations, actions, slice(1)).mean((1, 2))  # the first twin's value
             metrics["losses/actor_loss"] = actor_loss
+            if args.caps_temporal_weight or args.caps_spatial_weight:
+                perturbed = observations + args.caps_sigma * torch.randn_like(observations)
+                others = actor(torch.cat([next_observations, perturbed], 1)).chunk(2, 1)
+                caps = caps_loss(actions, *others, args.caps_temporal_weight, args.caps_spatial_weight)
+                metrics["losses/caps"] = caps
+                actor_loss = actor_loss + caps
             actor_optimizer.zero_grad()
             actor_loss.sum().backward(inputs=list(actor.parameters()))
             actor_optimizer.step()
