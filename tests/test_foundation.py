@@ -1,5 +1,8 @@
 """What every script shares: the regions are the same bytes, and each of them does what it says. All on baselines/td3.py."""
 
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -119,6 +122,14 @@ def test_parallel_environments_give_what_serial_ones_give(env_id):
         for mine, theirs in zip(one, other):
             np.testing.assert_array_equal(mine, theirs)
     assert any(step.terminations.any() for step in serial) == (env_id == "Hopper-v5")
+
+
+def test_workers_end_with_the_script_whatever_ended_it():
+    """They ignore the SIGTERM that multiprocessing sends its children at exit, before it waits for them."""
+    body = "envs = td3.VectorEnv('Pendulum-v1', 2, parallel=True, timeout=60); raise KeyError('unforeseen')"
+    code = f"from conftest import load_script; td3 = load_script('baselines/td3.py'); {body}"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "KeyError: 'unforeseen'" in process.stderr
 
 
 def make_replay(capacity: int, num_envs: int = 3) -> "td3.ReplayBuffer":
