@@ -26,9 +26,9 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -51,10 +51,14 @@ from tqdm import tqdm
 
 # region arguments
 Count = Annotated[int, (1, 2**40)]  # the pair is the closed range that parse_args accepts
+Few = Annotated[int, (1, 4096)]
 Whole = Annotated[int, (0, 2**31 - 1)]
-Positive = Annotated[float, (sys.float_info.min, sys.float_info.max)]
-NonNegative = Annotated[float, (0.0, sys.float_info.max)]
+Rate = Annotated[float, (sys.float_info.min, 1.0)]
+Positive = Annotated[float, (sys.float_info.min, 1e4)]
+NonNegative = Annotated[float, (0.0, 1e4)]
 Fraction = Annotated[float, (0.0, 1.0)]
+Seconds = Annotated[float, (0.0, 1e9)]
+Timeout = Annotated[float, (1e-3, 1e6)]  # what poll() and setitimer() take
 Widths = Annotated[tuple[int, ...], (1, 2**16)]
 
 
@@ -80,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> "Args":
     for name, hint in get_type_hints(Args, include_extras=True).items():
         for low, high in getattr(hint, "__metadata__", ()):
             if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
-                limits = "above 0" if low == sys.float_info.min else f"from {low:g} to {high:.12g}"
+                limits = f"above 0, at most {high:g}" if low == sys.float_info.min else f"from {low:g} to {high:.12g}"
                 raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -106,13 +110,13 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # a part of the run's folder name
     env_id: str = "Walker2d-v5"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench
     seed: Whole = 1  # the run trains seeds seed, seed + 1, ..., seed + num_seeds - 1 side by side
-    num_seeds: Count = 1  # S, independent seeds in this process
+    num_seeds: Few = 1  # S, independent seeds in this process
     total_timesteps: Count = 1_000_000  # vector steps: each advances every environment and makes one update
-    num_envs: Count = 1  # N, parallel environments a seed
+    num_envs: Few = 1  # N, parallel environments a seed
     resume: str | None = None  # a run's folder: go on from its checkpoint
 
-    policy_lr: Positive = 1e-3  # Adam's step size, actor
-    q_lr: Positive = 1e-3  # Adam's step size, critic and entropy coefficient
+    policy_lr: Rate = 1e-3  # Adam's step size, actor
+    q_lr: Rate = 1e-3  # Adam's step size, critic and entropy coefficient
     buffer_size: Count = 1_000_000  # transitions a seed that the replay holds
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.005  # share of the online network that enters the target network at each update
@@ -133,16 +137,16 @@ class Args:
     activation: Literal["relu", "silu"] = "silu"  # of the hidden layers, actor and critic
 
     eval_every: Count = 25_000  # vector steps between two evaluations of the deterministic policy
-    eval_episodes: Count = 10  # episodes a seed in an evaluation
+    eval_episodes: Few = 10  # episodes a seed in an evaluation
     log_every: Count = 500  # vector steps between two lines of the log
-    checkpoint_seconds: NonNegative = 600.0  # the most that a killed run loses
+    checkpoint_seconds: Seconds = 600.0  # the most that a killed run loses
     save_replay: bool = True  # keep the replay beside the checkpoint, so that a resumed run goes on where it was
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is a GPU
-    num_threads: Count = 1  # PyTorch's CPU threads; the networks are small, and the environments want the other cores
+    num_threads: Few = 1  # PyTorch's CPU threads; the networks are small, and the environments want the other cores
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the update; auto is on with cuda
     cuda_graph: bool = True  # with cuda, replay the update as one captured graph; without, run it eagerly
     vector_env: Literal["auto", "async", "sync"] = "auto"  # a process an environment, or none; auto times a step
-    env_timeout: Positive = 300.0  # seconds after which an environment that does not answer ends the run
+    env_timeout: Timeout = 300.0  # seconds after which an environment that does not answer ends the run
 
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "smoothq"
@@ -236,6 +240,21 @@ def kill_workers() -> None:
         worker.kill()
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """multiprocessing.TimeoutError after seconds: in this process, only a signal ends a step that hangs."""
+
+    def expire(*_) -> NoReturn:
+        raise multiprocessing.TimeoutError
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 class EnvSpec(NamedTuple):
     """What the networks need to know of an environment."""
 
@@ -248,15 +267,13 @@ class EnvSpec(NamedTuple):
 
 def read_env_spec(env_id: str) -> EnvSpec:
     """Makes the environment once, so that a mistake ends the run before it begins; raises UserError."""
-    env = make_env(env_id)
-    try:
+    env, step_seconds = make_env(env_id), 0.0
+    with suppress(Exception), time_limit(10):  # a fault inside a step is the run's to report
         env.reset(seed=0)
         start = time.perf_counter()
         for _ in range(5):
             env.step(np.zeros(env.action_space.shape, np.float32))
         step_seconds = (time.perf_counter() - start) / 5
-    except Exception:
-        step_seconds = 0.0  # a fault inside a step is the run's to report
     box = env.unwrapped.action_space
     return EnvSpec(env.observation_space.shape[0], box.shape[0], box.low, box.high, step_seconds)
 
@@ -299,6 +316,8 @@ class VectorEnv:
 
     def send(self, actions: np.ndarray) -> None:
         """Hands out actions [E, A]; parallel environments step at once, the others in receive."""
+        if not np.isfinite(actions).all():  # not the environment's fault, though it would look like one
+            raise TrainingFault("the policy's action is not finite")
         self.actions = actions
         with self.faults():
             if self.parallel:
@@ -308,26 +327,26 @@ class VectorEnv:
         with self.faults():
             answer = self.envs.step_wait(self.timeout) if self.parallel else self.envs.step(self.actions)
         observations, rewards, terminations, truncations, infos = answer
+        self.check_finite(observations, rewards)
         observations = next_observations = observations.copy()  # the engine's own array is overwritten by the next step
         if "final_obs" in infos:
             next_observations = observations.copy()
             for index in np.flatnonzero(infos["_final_obs"]):
                 next_observations[index] = infos["final_obs"][index]
-        self.check_finite(next_observations, rewards)
+            self.check_finite(next_observations, rewards)
         return Step(observations, next_observations, rewards, terminations, truncations)
 
     def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        if not math.isfinite(observations.sum(dtype=np.float64) + rewards.sum()):
-            bad = np.flatnonzero(~(np.isfinite(observations).all(-1) & np.isfinite(rewards)))
-            raise TrainingFault(f"environment {bad[0]} of {self.num_envs} ({self.env_id}): observation or reward not finite")
+        finite = np.isfinite(observations).all(-1) & (np.abs(rewards) < 3e38)  # the replay holds float32
+        if not finite.all():
+            bad = f"environment {finite.argmin()} of {self.num_envs} ({self.env_id})"
+            raise TrainingFault(f"{bad}: observation or reward not finite")
 
     @contextmanager
     def faults(self) -> Iterator[None]:
         try:
-            if not self.parallel:  # in this process, only a signal ends a step that hangs
-                signal.signal(signal.SIGALRM, raise_timeout)
-                signal.setitimer(signal.ITIMER_REAL, self.timeout)
-            yield
+            with time_limit(self.timeout * (1 + self.parallel)):  # the workers' own time-out comes first
+                yield
         except Exception as error:
             late = isinstance(error, multiprocessing.TimeoutError)
             why = f"no answer within {self.timeout:g} s (--env-timeout)" if late else one_line(error)
@@ -341,9 +360,6 @@ class VectorEnv:
                         why = "its process died (killed, or out of memory)"
             who = f"environment {', '.join(culprits)} of {self.num_envs}" if culprits else "environment"
             raise TrainingFault(f"{who} ({self.env_id}): {why}") from None
-        finally:
-            if not self.parallel:
-                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def close(self) -> None:
         """Ends the workers, also one that hangs."""
@@ -351,10 +367,6 @@ class VectorEnv:
             process.kill()
             process.join()
         self.envs.closed = True
-
-
-def raise_timeout(*_) -> NoReturn:
-    raise multiprocessing.TimeoutError
 
 
 def make_vector_env(args: "Args", spec: EnvSpec, num_envs: int) -> VectorEnv:
@@ -386,8 +398,11 @@ class Linear(nn.Module):
 
     def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(*stack, 1, out_features))
+        try:
+            self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features))
+            self.bias = nn.Parameter(torch.empty(*stack, 1, out_features))
+        except RuntimeError:
+            raise UserError("the networks do not fit into memory: lower --hidden-sizes or --num-seeds") from None
         bound = in_features**-0.5  # as nn.Linear
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -695,12 +710,13 @@ def write_atomically(path: Path, write: Callable) -> None:
 def save_checkpoint(folder: Path, step: int, modules: dict, replay: ReplayBuffer | None) -> None:
     """Writes replay.pt, then checkpoint.pt; a kill between the two leaves a replay slightly ahead, which does no harm.
 
-    modules: {name: network or optimiser}. Raises TrainingFault, the old files untouched, for a parameter that is not finite.
+    modules: {name: network or optimiser}. Raises TrainingFault, the old files untouched, if one holds a number that is not
+    finite; Adam's moments overflow before the parameters do.
     """
     for name, module in modules.items():
-        for key, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if not torch.isfinite(parameter).all():
-                raise TrainingFault(f"{name}.{key} is not finite at step {step}")
+        states = [module.state_dict()] if isinstance(module, nn.Module) else module.state.values()
+        if not all(torch.isfinite(tensor).all() for state in states for tensor in state.values()):
+            raise TrainingFault(f"{name} is not finite")
     if replay is not None:
         write_atomically(folder / "replay.pt", partial(torch.save, replay.state_dict()))
     state = {"version": CHECKPOINT_VERSION, "step": step, "cpu_generator": torch.get_rng_state()}
@@ -771,8 +787,11 @@ def read_episodes(folder: Path, last_step: int) -> list[Episode]:
     if not (folder / "eval.csv").exists():
         return []
     kinds = Episode.__annotations__.values()
-    rows = list(csv.reader((folder / "eval.csv").read_text().splitlines()))[1:]
-    episodes = [Episode(*(kind(cell) for kind, cell in zip(kinds, row))) for row in rows]
+    try:
+        rows = list(csv.reader((folder / "eval.csv").read_text().splitlines()))[1:]
+        episodes = [Episode(*(kind(cell) for kind, cell in zip(kinds, row))) for row in rows]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'eval.csv'} is damaged ({one_line(error)}): repair it, or move it away") from None
     return [episode for episode in episodes if episode.step <= last_step]
 
 
@@ -798,7 +817,8 @@ class StopRequest:
             kill_workers()
             os._exit(128 + number)
         self.requested = True
-        print("\nstopping: saving the run (a second signal stops at once)", file=sys.stderr)
+        with suppress(OSError):  # os.write, for the signal may come in the middle of a print
+            os.write(2, b"\nstopping: saving the run (a second signal stops at once)\n")
 
 
 class Logger:
@@ -806,7 +826,9 @@ class Logger:
 
     def __init__(self, args: "Args", folder: Path, step: int):
         self.total, self.shown, self.last, self.wandb = args.total_timesteps, {}, (step, time.perf_counter()), None
-        self.writer = SummaryWriter(str(folder), purge_step=step or None)
+        # the writer's thread prints its faults; flush() raises them, here
+        threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)  # step itself is not repeated
         self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in vars(args).items()))
         self.bar = tqdm(total=self.total, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         if args.track:
@@ -824,6 +846,7 @@ class Logger:
         self.last = step, now
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # nothing logged is lost with a killed run, and a full disk shows here
         if self.wandb:
             media = {"videos/eval": self.wandb.Video(str(video), format="mp4")} if video else {}
             self.wandb.log({**scalars, **media}, step=step)
@@ -831,7 +854,8 @@ class Logger:
             if name in scalars:
                 self.shown[name.split("/")[1]] = f"{scalars[name]:.4g}"
         if self.bar.disable:
-            print(f"step {step}/{self.total}", *(f"{name} {value}" for name, value in self.shown.items()), flush=True)
+            with suppress(BrokenPipeError):  # Ctrl-C ends the tee of python ... | tee too; the run is to be saved
+                print(f"step {step}/{self.total}", *(f"{name} {value}" for name, value in self.shown.items()), flush=True)
         else:
             self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -877,17 +901,28 @@ def resume_command(folder: Path) -> str:
 
 
 @contextmanager
-def guarded(folder: Path, *envs: VectorEnv) -> Iterator[None]:
-    """Ends the environments however the run ends; for a fault, says in one line what it was and how to go on."""
+def guarded(folder: Path, progress: Callable, *envs: VectorEnv) -> Iterator[None]:
+    """Ends the environments however the run ends; for a fault, says in one line what it was and how to go on.
+
+    progress() -> (step, metrics of the last update): a loss that is not finite is the cause of whatever else went wrong.
+    """
     try:
         yield
-    except (TrainingFault, OSError, torch.OutOfMemoryError) as error:
+    except (TrainingFault, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
+            raise  # PyTorch has no type of its own for a CPU that is out of memory
+        step, metrics = progress()
         what = str(error) if isinstance(error, TrainingFault) else one_line(error)
+        if isinstance(error, TrainingFault):
+            losses = [name for name, value in metrics.items() if not value.isfinite().all()]
+            what = f"{losses[0]} is not finite ({what})" if losses and losses[0] not in what else what
         if "is not finite" in what:
-            with suppress(OSError):
-                shutil.copy(folder / "checkpoint.pt", folder / "checkpoint_last_finite.pt")
+            with suppress(OSError, TrainingFault):
+                last = (folder / "checkpoint.pt").read_bytes()
+                write_atomically(folder / "checkpoint_last_finite.pt", lambda file: file.write(last))
                 what += "; checkpoint_last_finite.pt is from before"
-        print(f"{Path(__file__).name}: {what}. Go on from the last checkpoint: {resume_command(folder)}", file=sys.stderr)
+        script = Path(__file__).name
+        print(f"{script}: step {step}: {what}. Go on from the last checkpoint: {resume_command(folder)}", file=sys.stderr)
         sys.exit(1)
     finally:
         for vector_env in envs:
@@ -938,7 +973,7 @@ def train(args: Args) -> None:
         qf_loss.sum().backward()  # a sum over seeds: no term couples two of them
         critic_optimizer.step()
         metrics["diagnostics/critic_grad_norm"] = gradient_norm(critic)
-        metrics["diagnostics/td_target_variance"] = targets.var(-1)
+        metrics["diagnostics/td_target_variance"] = targets.var(-1, correction=0)
         for _ in range(args.policy_frequency if update_actor else 0):  # as many as were skipped
             mean, log_std = actor(observations)
             actions, log_prob = squashed_sample(mean, log_std)
@@ -974,27 +1009,28 @@ def train(args: Args) -> None:
     step = load_checkpoint(Path(args.resume), modules, replay, device) if args.resume else 0
     envs, eval_envs = make_vector_env(args, spec, S * N), make_vector_env(args, spec, S * args.eval_episodes)
     folder = make_run_folder(args)
-    stop, logger, episodes = StopRequest(), Logger(args, folder, step), read_episodes(folder, step)
+    stop, metrics = StopRequest(), {}
     if args.compile == "on" or (args.compile == "auto" and use_cuda):
         update = torch.compile(update)
     if use_cuda and args.cuda_graph:
         update = CapturedUpdate(update)
     save = partial(save_checkpoint, folder, modules=modules, replay=replay if args.save_replay else None)
 
-    with guarded(folder, envs, eval_envs):
+    with guarded(folder, lambda: (step, metrics), envs, eval_envs):
+        logger, episodes = Logger(args, folder, step), read_episodes(folder, step)
         if not args.resume:
             save(step)
         observations = previous_observations = envs.reset(env_seeds(args, N, 0, step))
         episode_returns, episode_lengths, finished = np.zeros(S * N), np.zeros(S * N), []
-        metrics, saved_at = {}, time.perf_counter()
+        saved_at = time.perf_counter()
         while True:
             due = step % args.eval_every == 0 or step == args.total_timesteps
             if due and not (episodes and episodes[-1].step == step):
                 if new := evaluate(policy, eval_envs, spec, args, step, stop):
                     episodes += new
-                    write_episodes(folder, episodes)
                     small = {name: modules[name].state_dict() for name in ("actor", "critic")}
                     write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, small))
+                    write_episodes(folder, episodes)
                     video = record_video(policy, args, folder / "videos", step) if args.capture_video else None
                     scores = np.mean([(episode.episodic_return, episode.smoothness) for episode in new], 0)
                     logger.log(step, dict(zip(("eval/return", "eval/smoothness"), scores)), video)
@@ -1036,7 +1072,7 @@ def train(args: Args) -> None:
                 scalars = {name: value.mean().item() for name, value in metrics.items()}
                 for name, value in scalars.items():
                     if not math.isfinite(value):
-                        raise TrainingFault(f"{name} is not finite at step {step}")
+                        raise TrainingFault(f"{name} is not finite")
                 if finished:
                     means = np.mean(finished, 0)
                     scalars |= {"charts/episodic_return": means[0], "charts/episodic_length": means[1]}
