@@ -91,7 +91,7 @@ def result_of(cell: Cell, runs: list[Run], geometry: pd.DataFrame) -> Result | N
     tables = {run.folder: pd.read_csv(run.folder / "eval.csv") for run in runs}
     episodes = pd.concat([tables[run.folder][lambda t, s=seed: t["seed"] == s] for seed, run in members.items()])
     pairs = {(run.folder.name, seed) for seed, run in members.items()}
-    mine = geometry[[pair in pairs for pair in zip(geometry["run"], geometry["seed"])]]
+    mine = geometry[np.array([pair in pairs for pair in zip(geometry["run"], geometry["seed"])], bool)]
     return Result(cell, members, episodes, longest / sweep.cell_args(cell).total_timesteps, mine)
 
 
@@ -460,6 +460,8 @@ def aggregate_figure(suite: str, title: str, best: str, printed: pd.DataFrame, r
     axes[0].set_xlabel("IQM of the scaled return (0: untrained, 1: the best in the paper)")
     axes[0].set_title("Final return, with 95 % interval", fontsize=10)
     others = [method for method in methods if method != best] if best in methods else []
+    for axis, bars in zip(axes, (methods, others)):
+        axis.set_ylim(-0.6, max(len(bars), 1) - 0.4)
     for row, method in enumerate(reversed(others)):
         pair = {"pair": (scores[best], scores[method])}
         np.random.seed(0)
@@ -481,7 +483,8 @@ def plane_figure(suite: str, backbone: str, results: Results) -> Figure | None:
     printed = paper("pave_tables_1_2").query("backbone == @backbone").set_index(["method", "env_id"])
     figure, axes = grid_figure(2, 3, f"Return against smoothness, {backbone.upper()} (up and to the left is better)")
     for axis, env_id in zip(axes.flat, sweep.PAVE_ENVS):
-        axis.set_title(env_id, fontsize=10)
+        has_run = any(key[0] == suite and key[2] == env_id for key in results)
+        axis.set_title(env_id if has_run else f"{env_id} (no run of ours)", fontsize=10)
         for cell in sweep.SUITES[suite]:
             if cell.env_id != env_id:
                 continue
@@ -493,8 +496,6 @@ def plane_figure(suite: str, backbone: str, results: Results) -> Figure | None:
                 x, y = result.final["smoothness"], result.final["return"]
                 errors = {"xerr": x.std(ddof=0), "yerr": y.std(ddof=0), "elinewidth": 0.8, "capsize": 2}
                 axis.errorbar(x.mean(), y.mean(), fmt="o", ms=8, color=colour, label=f"{name}, ours", **errors)
-        if not any(key[0] == suite and key[2] == env_id for key in results):
-            axis.text(0.5, 0.95, "no run of ours", transform=axis.transAxes, ha="center", va="top", color="0.5")
         axis.set_xlabel("smoothness score (lower is smoother)", fontsize=8)
         axis.set_ylabel("return of an episode", fontsize=8)
         axis.tick_params(labelsize=8)

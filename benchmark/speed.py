@@ -171,8 +171,8 @@ def draw(rows: list[dict], options: Options, path: Path) -> None:
 
     table = pd.DataFrame(rows)
     shown = [study for study in STUDIES if study in set(table["study"])]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown) + 0.6, 4), squeeze=False, layout="constrained")
-    figure.suptitle(f"Training speed, median of {table['repeat'].max() + 1} processes (bars: slowest and fastest)")
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown) + 1.8, 4), squeeze=False, layout="constrained")
+    figure.suptitle(f"Training speed: median and range, {table['repeat'].max() + 1} processes each")
     labels = {"seeds": "S, seeds side by side", "neighbors": "K, neighbours in the target", "envs": "N, environments"}
     for axis, study in zip(axes[0], shown):
         rates = table[table["study"] == study]

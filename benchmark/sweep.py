@@ -188,12 +188,16 @@ def read_runs(runs: Path) -> list[Run]:
     return found
 
 
-def differences(run: Run, script: str, args: Any, ignore: set[str] = frozenset()) -> list[str]:
-    """The arguments in which a run differs from args, incidental ones aside."""
-    if run.args.get("script") != Path(script).stem:
-        return ["script"]
-    wanted = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples become lists, as in args.json
-    return [name for name, value in wanted.items() if name not in INCIDENTAL | ignore and run.args.get(name) != value]
+def plain(args: Any) -> dict[str, Any]:
+    """Args as args.json has them: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+
+def differences(run: Run, wanted: dict[str, Any], defaults: dict[str, Any], ignore: set[str] = frozenset()) -> list[str]:
+    """The arguments in which a run differs from wanted, incidental ones aside. One that the script did not have yet when the
+    run was made counts as its default."""
+    names = wanted.keys() - INCIDENTAL - ignore
+    return sorted(name for name in names if run.args.get(name, defaults.get(name)) != wanted[name])
 
 
 def other_arguments(run: Run, cell: Cell) -> list[str]:
@@ -202,7 +206,8 @@ def other_arguments(run: Run, cell: Cell) -> list[str]:
         return ["script" if run.args.get("env_id") == cell.env_id else "env_id"]
     args = cell_args(cell)
     wanted = scaled(args, run.args["total_timesteps"] / args.total_timesteps)
-    other = differences(run, cell.script, wanted, {"seed", "num_seeds", "eval_every", "eval_episodes"})
+    evaluation = {"seed", "num_seeds", "eval_every", "eval_episodes"}
+    other = differences(run, plain(wanted), plain(type(args)()), evaluation)
     rounded = {name for name in BUDGET if name in other and math.isclose(run.args[name], getattr(wanted, name), abs_tol=1)}
     return [name for name in other if name not in rounded]
 
@@ -222,6 +227,7 @@ class Task(NamedTuple):
     directory: str
     flags: list[str]
     args: dict[str, Any]
+    defaults: dict[str, Any]
 
     def path(self, suffix: str) -> Path:
         return Path(self.directory) / "runs" / ".sweep" / (self.name + suffix)
@@ -245,36 +251,36 @@ def plan(cells: list[Cell], options: "Options", runs: list[Run]) -> tuple[list[T
     """The tasks still to do, and the number of cells that are complete already."""
     tasks, complete = {}, 0
     for cell in cells:
-        script = load_script(cell.script)
+        script, stem = load_script(cell.script), Path(cell.script).stem
         default = script.Args(**{**script.ENV_SETTINGS.get(cell.env_id, {}), "env_id": cell.env_id})
         args = cell_args(cell)
         changed = command_line(args, default)
         variant = "_".join(re.sub(r"[^\w.]+", "", word) for word in changed) if script_path(cell.script).parent == ROOT else ""
         args = tyro.cli(script.Args, args=shlex.split(options.flags), default=scaled(args, options.scale))
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        same = [run for run in runs if not differences(run, cell.script, args, {"seed", "num_seeds"})]
+        wanted, defaults = {"script": stem, **plain(args)}, plain(script.Args())
+        same = [run for run in runs if not differences(run, wanted, defaults, {"seed", "num_seeds"})]
         missing = [seed for seed in seeds if not any(run.is_complete and seed in run.seeds for run in same)]
         complete += not missing
-        stem = Path(cell.script).stem
         while missing:  # side by side in one process: consecutive seeds, at most seeds_per_run of them
             size = next((n for n in range(1, len(missing)) if missing[n] != missing[0] + n), len(missing))
             size = min(size, options.seeds_per_run or size)
             block = dataclasses.replace(args, exp_name="_".join(filter(None, (stem, variant))), seed=missing[0], num_seeds=size)
             missing = missing[size:]
-            values = json.loads(json.dumps({"script": stem, **dataclasses.asdict(block)}))
+            values = {"script": stem, **plain(block)}
             settings = json.dumps({key: value for key, value in values.items() if key not in INCIDENTAL})
             digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
             name = f"{cell.env_id}__{block.exp_name}__{block.seed}-{block.seed + size - 1}__{digest}"
             name = re.sub(r"[^\w.-]", "_", name)
             flags = ["--env-id", cell.env_id, *command_line(block, default)]
-            tasks.setdefault(name, Task(name, str(script_path(cell.script)), os.getcwd(), flags, values))
+            tasks.setdefault(name, Task(name, str(script_path(cell.script)), os.getcwd(), flags, values, defaults))
     return list(tasks.values()), complete
 
 
 def find_run(task: Task) -> Run | None:
     """The run of this task: a complete one, else the newest that can be resumed."""
-    keys = set(task.args) - INCIDENTAL
-    same = [run for run in read_runs(Path(task.directory) / "runs") if all(run.args.get(k) == task.args[k] for k in keys)]
+    runs = read_runs(Path(task.directory) / "runs")
+    same = [run for run in runs if not differences(run, task.args, task.defaults)]
     usable = [run for run in same if run.is_complete or (run.folder / "checkpoint.pt").exists()]
     return sorted(usable, key=lambda run: run.is_complete)[-1] if usable else None
 
@@ -416,10 +422,17 @@ def start_ray(options: Options) -> float:
     except ImportError:
         raise UserError("Ray is not installed; run with: uv run --extra benchmark benchmark/sweep.py ...") from None
     local = {} if options.address else {"include_dashboard": False}
-    try:
-        ray.init(address=options.address or "local", log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address {options.address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
+    for attempts_left in (0,) if options.address else (2, 1, 0):  # Ray gives itself 30 s to start: not enough on a busy machine
+        try:
+            ray.init(address=options.address or "local", log_to_driver=False, logging_level="ERROR", **local)
+            break
+        except Exception as error:  # Ray raises half a dozen types, plain Exception among them
+            ray.shutdown()
+            reason = str(error).splitlines()[0]
+            if options.address:
+                raise UserError(f"--address {options.address}: no Ray cluster answers there ({reason})") from None
+            if not attempts_left:
+                raise SystemExit(f"sweep.py: Ray does not start on this machine ({reason})") from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = options.gpus_per_run
     if gpus is None:
