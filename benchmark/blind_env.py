@@ -3,7 +3,8 @@
     PYTHONPATH=benchmark python td3_ams.py --env-id blind_env:Blind-223-38-v0
 
 Blind-O-A-v0 has O observations and A actions: 223, 38 are dog-run's, 17, 6 are Walker2d-v5's, 3, 1 are Pendulum-v1's. Its
-numbers depend on the seed alone, so two runs that differ in rounding see the same transitions for ever.
+numbers depend on the seed alone, so two runs that differ in rounding see the same transitions for ever. Blind-overflow-v0 has
+rewards of 1e30, whose squared error float32 does not hold.
 """
 
 import gymnasium as gym
@@ -13,9 +14,10 @@ import numpy as np
 class BlindEnv(gym.Env):
     """Standard normal observations [O] and rewards from a table of 512 rows, walked in a circle from a random row."""
 
-    def __init__(self, observation_dim: int, action_dim: int):
+    def __init__(self, observation_dim: int, action_dim: int, reward_scale: float = 1.0):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (action_dim,), np.float32)
+        self.reward_scale = reward_scale
         self.table = np.random.default_rng(0).standard_normal((512, observation_dim), np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -25,13 +27,10 @@ class BlindEnv(gym.Env):
 
     def step(self, action):
         self.row = (self.row + 1) % 512
-        return self.table[self.row], float(self.table[self.row, 0]), False, False, {}
+        return self.table[self.row], self.reward_scale * float(self.table[self.row, 0]), False, False, {}
 
 
-for sizes in ((223, 38), (17, 6), (3, 1)):
-    gym.register(
-        id="Blind-{}-{}-v0".format(*sizes),
-        entry_point=BlindEnv,
-        max_episode_steps=200,
-        kwargs=dict(zip(("observation_dim", "action_dim"), sizes)),
-    )
+SIZES = {"223-38": (223, 38, 1.0), "17-6": (17, 6, 1.0), "3-1": (3, 1, 1.0), "overflow": (17, 6, 1e30)}
+for name, sizes in SIZES.items():
+    kwargs = dict(zip(("observation_dim", "action_dim", "reward_scale"), sizes))
+    gym.register(id=f"Blind-{name}-v0", entry_point=BlindEnv, max_episode_steps=200, kwargs=kwargs)
