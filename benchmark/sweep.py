@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -421,6 +422,11 @@ def start_ray(options: Options) -> float:
         import ray
     except ImportError:
         raise UserError("Ray is not installed; run with: uv run --extra benchmark benchmark/sweep.py ...") from None
+    if match := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", options.address or ""):
+        try:  # Ray itself tries for minutes
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"--address {options.address}: no Ray cluster answers there ({error})") from None
     local = {} if options.address else {"include_dashboard": False}
     for attempts_left in (0,) if options.address else (2, 1, 0):  # Ray gives itself 30 s to start: not enough on a busy machine
         try:

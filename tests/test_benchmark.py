@@ -90,6 +90,7 @@ def test_every_cell_of_the_papers_tables_has_a_suite_entry():
         (["pave-table-1", "--only", "Pendulum"], "--only Pendulum: there are"),
         (["--scripts", "td4", "--env-ids", "Pendulum-v1"], "no script is called td4"),
         (["pave-table-1", "--scale", "0"], "must be above 0"),
+        (["--scripts", "td3", "--env-ids", "Pendulum-v1", "--address", "127.0.0.1:9"], "--address 127.0.0.1:9: no Ray cluster"),
     ],
 )
 def test_mistakes_in_a_sweep_are_one_line_and_status_2(tmp_path, flags, message):
