@@ -22,7 +22,6 @@ import pandas as pd
 import sweep
 import tyro
 from rliable import library as rliable
-from rliable import metrics
 from sweep import Cell, Run, UserError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -114,11 +113,12 @@ class Table(NamedTuple):
 
 def best_marked(values: list[float | None], decimals: int, higher: bool | None, notes: list[str] | None = None) -> list[str]:
     """Prints a column, best in bold and second underlined as the papers do (ties share); None stays empty."""
-    printed = [None if value is None else round(float(value), decimals) for value in values]
+    digits = [1 if decimals == 0 and value is not None and abs(value) < 10 and value % 1 else decimals for value in values]
+    printed = [None if value is None else round(float(value), digit) for value, digit in zip(values, digits)]
     order = sorted({value for value in printed if value is not None}, reverse=bool(higher))
     texts = []
     for index, value in enumerate(printed):
-        text = EMPTY if value is None else f"{value:.{decimals}f}"
+        text = EMPTY if value is None else f"{value:.{digits[index]}f}"
         if higher is not None and len(order) > 1 and value is not None:
             text = f"<b>{text}</b>" if value == order[0] else f"<u>{text}</u>" if value == order[1] else text
         texts.append(text + (notes[index] if notes and value is not None else ""))
@@ -370,6 +370,12 @@ def iqm(scores: np.ndarray) -> np.ndarray:
     return runs[cut : len(runs) - cut].mean(0)
 
 
+def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> float:
+    """P(a run beats a run of the other method), ties half, mean over tasks; both [runs, tasks] (rliable's, vectorised)."""
+    margins = scores[:, None] - others[None]
+    return float(((margins > 0) + 0.5 * (margins == 0)).mean())
+
+
 def band(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """IQM [T] and its 95 % interval [2, T] of scores [runs, tasks, T], by rliable's stratified bootstrap."""
     np.random.seed(0)  # the bootstrap draws from numpy's global generator: the same report twice
@@ -448,7 +454,7 @@ def aggregate_figure(suite: str, title: str, best: str, printed: pd.DataFrame, r
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(methods) + 2.2), layout="constrained")
     figure.suptitle(f"{title}: {len(env_ids)} environment{'s' * (len(env_ids) > 1)}, {min(map(len, scores.values()))} seeds")
     np.random.seed(0)
-    point, interval = rliable.get_interval_estimates(scores, lambda s: np.array([metrics.aggregate_iqm(s)]), reps=BOOTSTRAPS)
+    point, interval = rliable.get_interval_estimates(scores, lambda s: iqm(s[..., None]), reps=BOOTSTRAPS)
     cells = {cell.method: cell for cell in sweep.SUITES[suite]}
     for row, method in enumerate(reversed(methods)):
         (low,), (high,) = interval[method]
@@ -465,7 +471,7 @@ def aggregate_figure(suite: str, title: str, best: str, printed: pd.DataFrame, r
     for row, method in enumerate(reversed(others)):
         pair = {"pair": (scores[best], scores[method])}
         np.random.seed(0)
-        value, interval = rliable.get_interval_estimates(pair, metrics.probability_of_improvement, reps=BOOTSTRAPS)
+        value, interval = rliable.get_interval_estimates(pair, probability_of_improvement, reps=BOOTSTRAPS)
         low, high = interval["pair"].ravel()
         axes[1].barh(row, high - low, left=low, height=0.5, color=style(cells[method])[1], alpha=0.45)
         axes[1].plot([value["pair"]] * 2, [row - 0.25, row + 0.25], color=style(cells[method])[1], lw=3)

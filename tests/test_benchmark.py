@@ -11,12 +11,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script, start_script
+from rliable import metrics
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import geometry
+import report
 import sweep
 
 TINY = "--total-timesteps 2000 --learning-starts 100 --eval-every 1000 --eval-episodes 1 --hidden-sizes 8 8 --batch-size 8"
@@ -248,6 +251,15 @@ def test_report_says_why_a_run_does_not_count(trained, tmp_path):
     for script in ("report.py", "geometry.py"):
         result = run_script(f"benchmark/{script}", cwd=tmp_path)
         assert result.returncode == 2 and "runs holds no runs" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_faster_metrics_are_those_of_rliable():
+    generator = np.random.default_rng(0)
+    scores, others = generator.integers(0, 9, (2, 5, 3)).astype(float)  # with ties
+    assert report.iqm(scores[..., None])[0] == pytest.approx(metrics.aggregate_iqm(scores))
+    assert report.probability_of_improvement(scores, others) == pytest.approx(
+        metrics.probability_of_improvement(scores, others)
+    )
 
 
 # The Hessians.
