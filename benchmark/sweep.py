@@ -256,7 +256,11 @@ def plan(cells: list[Cell], options: "Options", runs: list[Run]) -> tuple[list[T
         default = script.Args(**{**script.ENV_SETTINGS.get(cell.env_id, {}), "env_id": cell.env_id})
         args = cell_args(cell)
         changed = command_line(args, default)
-        variant = "_".join(re.sub(r"[^\w.]+", "", word) for word in changed) if script_path(cell.script).parent == ROOT else ""
+        variant = (
+            "_".join(re.sub(r"[^\w.-]+", "", word.lstrip("-")) for word in changed)
+            if script_path(cell.script).parent == ROOT
+            else ""
+        )
         args = tyro.cli(script.Args, args=shlex.split(options.flags), default=scaled(args, options.scale))
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         wanted, defaults = {"script": stem, **plain(args)}, plain(script.Args())
