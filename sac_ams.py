@@ -159,6 +159,17 @@ ENV_SETTINGS: dict[str, dict] = {  # defaults that depend on the environment; a 
 
 
 # region environments
+@contextmanager
+def portable_errors() -> Iterator[None]:
+    """Errors as one line of text: not every exception can be pickled, and sent between processes."""
+    try:
+        yield
+    except multiprocessing.TimeoutError:
+        raise
+    except Exception as error:
+        raise TrainingFault(one_line(error)) from None
+
+
 class LeanEnv(gym.Wrapper):
     """Float32 observations and empty infos: what the scripts do not read is not sent between processes."""
 
@@ -167,11 +178,13 @@ class LeanEnv(gym.Wrapper):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
 
     def reset(self, **kwargs):
-        return np.asarray(self.env.reset(**kwargs)[0], np.float32), {}
+        with portable_errors():
+            return np.asarray(self.env.reset(**kwargs)[0], np.float32), {}
 
     def step(self, action):
-        observation, *outcome, _ = self.env.step(action)
-        return np.asarray(observation, np.float32), *outcome, {}
+        with portable_errors():
+            observation, *outcome, _ = self.env.step(action)
+            return np.asarray(observation, np.float32), *outcome, {}
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -331,9 +344,10 @@ class VectorEnv:
         try:
             with time_limit(self.timeout * (1 + self.parallel)):  # the workers' own time-out comes first
                 yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             late = isinstance(error, multiprocessing.TimeoutError)
-            why = f"no answer within {self.timeout:g} s (--env-timeout)" if late else one_line(error)
+            why = str(error) if isinstance(error, TrainingFault) else one_line(error)
+            why = f"no answer within {self.timeout:g} s (--env-timeout)" if late else why
             culprits = []
             if self.parallel and hasattr(self, "envs"):
                 time.sleep(0.1)  # a killed process closes its pipe just before it counts as dead
@@ -860,9 +874,12 @@ class Logger:
         if step > last_step:
             scalars = {**scalars, "charts/SPS": (step - last_step) / (now - last_time)}
         self.last = step, now
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # nothing logged is lost with a killed run, and a full disk shows here
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()  # nothing logged is lost with a killed run, and a full disk shows here
+        except OSError as error:
+            raise TrainingFault(f"cannot write TensorBoard's events: {one_line(error)}") from None
         if self.wandb:
             media = {"videos/eval": self.wandb.Video(str(video), format="mp4")} if video else {}
             self.wandb.log({**scalars, **media}, step=step)
