@@ -318,8 +318,8 @@ class VectorEnv:
         if not np.isfinite(actions).all():  # not the environment's fault, though it would look like one
             raise TrainingFault("the policy's action is not finite")
         self.actions = actions
-        with self.faults():
-            if self.parallel:
+        if self.parallel:
+            with self.faults():
                 self.envs.step_async(actions)
 
     def receive(self) -> Step:

@@ -699,7 +699,7 @@ def test_two_runs_in_the_same_second(path, times, tmp_path):
 @pytest.mark.parametrize("path", FAMILIES)
 def test_memory_stays(path, tmp_path):
     """Resident memory, file handles and shared memory of the run and its workers, after the replay has filled."""
-    total = int(os.environ.get("FAULTS_STEPS", 200_000))
+    total = 200_000
     changes = {"buffer_size": 5_000, "eval_every": 2_000, "log_every": 1_000, "checkpoint_seconds": 2, "num_seeds": 1}
     flags = small_flags(path, total_timesteps=total, vector_env="async", hidden_sizes=(8, 8), batch_size=8, **changes)
     with fault(f"{total} steps: memory, handles, shared memory flat"):
