@@ -11,7 +11,6 @@ at once.
 """
 
 import csv
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -290,10 +289,17 @@ def find_run(task: Task) -> Run | None:
     return sorted(usable, key=lambda run: run.is_complete)[-1] if usable else None
 
 
-def die_with_parent() -> None:
-    """In the child, before exec: SIGTERM (save and exit) when the Ray worker that started the script dies, even killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+# Between a Ray worker and the script: asks the script to stop (it saves) when the worker closes the pipe or dies, even killed.
+# One SIGTERM, as a second one would end the script at once; prctl's death signal may come several times.
+GUARD = """
+import os, subprocess, sys, threading
+script = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, close_fds=False)
+def stop_at_end_of_input():
+    os.read(0, 1)
+    script.terminate()
+threading.Thread(target=stop_at_end_of_input, daemon=True).start()
+os._exit(script.wait() % 256)
+"""
 
 
 def work(task: Task) -> None:
@@ -319,13 +325,14 @@ def work(task: Task) -> None:
         flags = ["--resume", str(run.folder.relative_to(task.directory))] if run else task.flags
         command = [sys.executable, task.script, *flags]
         print(f"# {os.uname().nodename}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
-        options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=task.directory, pass_fds=[lock.fileno()], preexec_fn=die_with_parent, **options)
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
+        guard = [sys.executable, "-c", GUARD]
+        process = subprocess.Popen([*guard, *command], cwd=task.directory, start_new_session=True, **streams)
         try:
             while process.poll() is None:
                 time.sleep(0.1)  # not wait(): ray.cancel does not interrupt a system call
         except BaseException:
-            process.terminate()
+            process.stdin.close()
             process.wait()
             raise
         if process.returncode == 0 and (run := find_run(task)) and run.is_complete:
