@@ -155,7 +155,7 @@ def test_sweep_survives_the_death_of_a_machine(tmp_path):
         cluster.shutdown()
     check_trained_once(tmp_path)
     tries = [path.read_text().count("\n$ ") for path in tmp_path.glob("runs/.sweep/*.log")]
-    # The killed node's run was tried again, the other left alone; or, on a busy machine, the orphan came to its end under its lock
+    # The killed node's run was tried again, the other left alone; or, on a busy machine, the orphan ended, under its lock,
     # before Ray noticed, and the second try found it complete.
     assert sorted(tries) in ([1, 1], [1, 2])
 
