@@ -780,7 +780,7 @@ class Logger:
         # the writer's thread prints its faults; flush() raises them, here
         threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)  # step itself is not repeated
-        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in vars(args).items()))
+        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value!r}" for key, value in vars(args).items()))
         self.bar = tqdm(total=self.total, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         if args.track:
             import wandb
