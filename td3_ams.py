@@ -403,6 +403,8 @@ class Linear(nn.Module):
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if weight.shape[-1] == 1:  # MKL takes seven times as long for a single column
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
     stack = weight.shape[:-2]
     x = x.expand(*stack, *x.shape[-2:]).flatten(0, -3)
     return torch.baddbmm(bias.flatten(0, -3), x, weight.flatten(0, -3)).unflatten(0, stack)
@@ -460,7 +462,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, members: slice = slice(None)) -> Tensor:
         bias, weight = (parameter[..., members, :, :] for parameter in (self.bias, self.weight))
-        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
+        no_affine = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])  # with them the CPU kernel is almost twice as fast
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], *no_affine), weight)
 
 
 class NoNorm(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 class BlindEnv(gym.Env):
     """Standard normal observations [O] and rewards from a table of 512 rows, walked in a circle from a random row."""
 
-    def __init__(self, observation_dim: int, action_dim: int, reward_scale: float = 1.0):
+    def __init__(self, observation_dim: int, action_dim: int, reward_scale: float = 1.0, render_mode: None = None):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (action_dim,), np.float32)
         self.reward_scale = reward_scale
