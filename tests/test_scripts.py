@@ -255,7 +255,7 @@ def test_sigterm_saves_and_resume_goes_on(main, small_run, tmp_path):
     terminate = threading.Thread(target=terminate_this_process, daemon=True)
     terminate.start()
     try:
-        stopped = main(path, *small_flags(path, total_timesteps=1_000_000, log_every=20))
+        stopped = main(path, *small_flags(path, total_timesteps=40_000, log_every=20))
     finally:
         ended.set()
     (folder,) = (tmp_path / "runs").iterdir()
@@ -295,7 +295,7 @@ KILLS = [(path, signal.SIGKILL) for path in METHODS] + [(path, signal.SIGTERM) f
 @pytest.mark.parametrize("path, number", KILLS)
 def test_resume_after_a_kill(main, path, number, tmp_path):
     """A process with parallel environments; SIGKILL loses only what came after the last checkpoint, SIGTERM nothing."""
-    changes = {"total_timesteps": 1_000_000, "checkpoint_seconds": 0.1, "log_every": 20, "vector_env": "async"}
+    changes = {"total_timesteps": 40_000, "checkpoint_seconds": 0.1, "log_every": 20, "vector_env": "async"}
     process = start_script(path, *small_flags(path, **changes), cwd=tmp_path)
     wait_for_evaluation(tmp_path, 240)
     process.send_signal(number)
