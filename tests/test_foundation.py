@@ -234,3 +234,15 @@ def test_environment_seeds_of_a_seed_do_not_depend_on_the_others():
     seeds = td3.env_seeds(td3.Args(seed=1, num_seeds=3), 4, 0, 0)
     assert seeds[4:8] == td3.env_seeds(td3.Args(seed=2, num_seeds=1), 4, 0, 0)
     assert len(set(seeds)) == 12
+
+
+def test_polyak_update_moves_the_target_and_leaves_no_history():
+    """(1 - tau)^n and the rest, and no graph: one that grew with every update would be a leak, and a way for gradients."""
+    online, target = (td3.Linear((2,), 3, 4) for _ in range(2))
+    target.requires_grad_(False)
+    start = [parameter.clone() for parameter in target.parameters()]
+    for _ in range(5):
+        td3.polyak_update(target, online, 0.1)
+    for initial, moved, goal in zip(start, target.parameters(), online.parameters()):
+        torch.testing.assert_close(moved, 0.9**5 * initial + (1 - 0.9**5) * goal.detach())
+        assert moved.is_leaf and not moved.requires_grad

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import struct
 import sys
@@ -32,6 +33,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SCRIPTS = [str(path.relative_to(ROOT)) for path in scripts()]
 METHODS = ["baselines/td3.py", *(path for path in SCRIPTS if "/" not in path)]  # the costlier checks
+LEFT = [path for path in SCRIPTS if path not in ("td3_ams.py", "sac_pave.py", "baselines/ppo.py")]  # CI's 15 minutes
+COMPILED = ["td3_ams.py", "sac_pave.py", *(pytest.param(path, marks=pytest.mark.slow) for path in LEFT)]
 COLUMNS = ["step", "transitions", "seed", "episode", "return", "length", "smoothness"]
 
 SMALL = {  # a few hundred steps in a second; a script gets the flags that it has
@@ -223,6 +226,23 @@ def stacked_tensors(state: dict) -> list[torch.Tensor]:
     if "param_groups" in state:
         return [tensor for entry in state["state"].values() for tensor in entry.values() if tensor.dim()]
     return [tensor for tensor in state.values() if tensor.dim()]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("path", COMPILED)
+def test_a_compiled_run_learns_what_an_eager_one_does(path, tmp_path):
+    """The same numbers drawn, 60 updates: the networks agree; loss and gradients are one graph each, without a break."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    flags = {"total_timesteps": 70, "learning_starts": 10}
+    with torch._inductor.config.patch(fallback_random=True):  # else compiled code has a generator of its own
+        folders = [train(path, tmp_path, compile=compiled, **flags) for compiled in ("off", "on")]
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] >= 2
+    eager, compiled = (load(folder / "checkpoint.pt")["modules"] for folder in folders)
+    for name, state in eager.items():
+        for tensor, other in zip(stacked_tensors(state), stacked_tensors(compiled[name])):
+            torch.testing.assert_close(other, tensor, atol=2e-4, rtol=2e-3, msg=lambda text: f"{name}: {text}")
 
 
 def test_no_gradient_flows_into_the_targets(small_run, tmp_path):
