@@ -805,21 +805,26 @@ def write_episodes(folder: Path, episodes: list[Episode]) -> None:
 
 
 class StopRequest:
-    """stop() is true after SIGINT or SIGTERM; a second signal ends the process at once, the last checkpoint intact."""
+    """stop() is true after SIGINT or SIGTERM; a second signal ends the process at once, the last checkpoint intact.
+
+    Within half a second it is no second one: uv run, for one, forwards the Ctrl-C that the terminal has sent to both.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.requested_at = math.inf
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def __call__(self) -> bool:
-        return self.requested
+        return self.requested_at < math.inf
 
     def handle(self, number: int, _) -> None:
-        if self.requested:
+        if time.monotonic() > self.requested_at + 0.5:
             kill_workers()
             os._exit(128 + number)
-        self.requested = True
+        if self():
+            return
+        self.requested_at = time.monotonic()
         with suppress(OSError):  # os.write, for the signal may come in the middle of a print
             os.write(2, b"\nstopping: saving the run (a second signal stops at once)\n")
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -289,16 +290,24 @@ def find_run(task: Task) -> Run | None:
     return sorted(usable, key=lambda run: run.is_complete)[-1] if usable else None
 
 
-# Between a Ray worker and the script: asks the script to stop (it saves) when the worker closes the pipe or dies, even killed.
-# One SIGTERM, as a second one would end the script at once; prctl's death signal may come several times.
+# Between a Ray worker and the script: asks the script to stop (it saves) when the worker closes the pipe or dies, even killed;
+# writes its exit status. It forks away from the worker, for Ray kills a dead worker's children, and asks once, for a second
+# SIGTERM would end the script unsaved (prctl's death signal comes again from every process that adopts the orphan).
 GUARD = """
 import os, subprocess, sys, threading
-script = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, close_fds=False)
+if os.fork():
+    os._exit(0)
+os.setsid()
+script = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=2, close_fds=False)
 def stop_at_end_of_input():
     os.read(0, 1)
     script.terminate()
 threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-os._exit(script.wait() % 256)
+status = script.wait() % 256
+try:
+    os.write(1, bytes([status]))
+finally:
+    os._exit(status)
 """
 
 
@@ -325,20 +334,20 @@ def work(task: Task) -> None:
         flags = ["--resume", str(run.folder.relative_to(task.directory))] if run else task.flags
         command = [sys.executable, task.script, *flags]
         print(f"# {os.uname().nodename}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
-        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
-        guard = [sys.executable, "-c", GUARD]
-        process = subprocess.Popen([*guard, *command], cwd=task.directory, start_new_session=True, **streams)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "pass_fds": [lock.fileno()]}
+        guard = subprocess.Popen([sys.executable, "-c", GUARD, *command], cwd=task.directory, **pipes)
         try:
-            while process.poll() is None:
-                time.sleep(0.1)  # not wait(): ray.cancel does not interrupt a system call
-        except BaseException:
-            process.stdin.close()
-            process.wait()
-            raise
-        if process.returncode == 0 and (run := find_run(task)) and run.is_complete:
+            while not select.select([guard.stdout], [], [], 0.1)[0]:  # short waits: ray.cancel interrupts no system call
+                pass
+        finally:
+            guard.stdin.close()
+            status = guard.stdout.read(1)  # the script has ended; empty if the guard was killed
+            guard.wait()
+        if status == b"\0" and (run := find_run(task)) and run.is_complete:
             return
     last_line = (task.path(".log").read_text().strip().splitlines() or [""])[-1]
-    raise (ValueError if process.returncode == 2 else RuntimeError)(f"exit status {process.returncode}: {last_line}")
+    code = status[0] if status else "unknown"
+    raise (ValueError if code == 2 else RuntimeError)(f"exit status {code}: {last_line}")
 
 
 class Progress(NamedTuple):
