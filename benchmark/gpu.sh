@@ -2,6 +2,7 @@
 # What only a GPU can show, one command each, from the repository's root (PYTHON chooses the interpreter):
 #   benchmark/gpu.sh verify    the CUDA tests
 #   benchmark/gpu.sh speed     the ratios of the README's speed table; PEERS=folder with checkouts of cleanrl/ and leanrl/ adds them
+#   benchmark/gpu.sh profile   where an iteration's time goes: TD3, AMS and PAVE
 #   benchmark/gpu.sh learn     the trainings whose results go to benchmark/results/, 5 seeds side by side, one after the other
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +32,11 @@ case "${1:-}" in
     done
     "$python" benchmark/pave_update.py --device cuda
     ;;
+  profile)
+    "$python" benchmark/loop_profile.py baselines/td3.py --env-id dog-run --num-envs 8
+    "$python" benchmark/loop_profile.py td3_ams.py --env-id dog-run
+    "$python" benchmark/loop_profile.py td3_pave.py --env-id Walker2d-v5
+    ;;
   learn)
     train() { "$python" "$@" --num-seeds 5 --checkpoint-seconds 300; }
     train td3_ams.py --env-id quadruped-run --total-timesteps 500000
@@ -40,7 +46,7 @@ case "${1:-}" in
     "$python" td3_ams.py --env-id dog-run --checkpoint-seconds 300
     ;;
   *)
-    sed -n '2,5p' "$0"
+    sed -n '2,6p' "$0"
     exit 2
     ;;
 esac
