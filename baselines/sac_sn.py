@@ -434,8 +434,8 @@ def set_gradients(loss: Tensor, network: nn.Module) -> None:
     """The gradients of loss [S] for the optimiser of network, which no other network gets; unlike backward(), it compiles."""
     parameters = list(network.parameters())
     gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)  # a sum over seeds: no term couples two of them
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    for parameter, gradient in zip(parameters, gradients):  # contiguous: Adam's fused CPU kernel does not look at strides
+        parameter.grad = None if gradient is None else gradient.contiguous()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -234,6 +235,28 @@ def test_environment_seeds_of_a_seed_do_not_depend_on_the_others():
     seeds = td3.env_seeds(td3.Args(seed=1, num_seeds=3), 4, 0, 0)
     assert seeds[4:8] == td3.env_seeds(td3.Args(seed=2, num_seeds=1), 4, 0, 0)
     assert len(set(seeds)) == 12
+
+
+def test_set_gradients_serves_adams_fused_kernel():
+    """As backward() and Adam in steps of its own, also for a gradient that autograd hands out transposed, as a second derivative's."""
+    torch.manual_seed(0)
+    layer, x = td3.Linear((2,), 3, 4), torch.randn(2, 5, 4)
+    reference = deepcopy(layer)
+    optimizers = torch.optim.Adam(layer.parameters(), fused=True), torch.optim.Adam(reference.parameters(), foreach=False)
+
+    def loss(layer):  # its gradient is that of the transposed weight, transposed
+        return (x @ layer.weight.mT).square().sum((1, 2)) + layer.bias.square().sum((1, 2))
+
+    assert not torch.autograd.grad(loss(layer).sum(), layer.weight)[0].is_contiguous()
+    for _ in range(3):
+        td3.set_gradients(loss(layer), layer)
+        reference.zero_grad()
+        loss(reference).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for parameter, other in zip(layer.parameters(), reference.parameters()):
+            torch.testing.assert_close(parameter.grad, other.grad)
+            torch.testing.assert_close(parameter, other, atol=1e-7, rtol=1e-5)
 
 
 def test_polyak_update_moves_the_target_and_leaves_no_history():
