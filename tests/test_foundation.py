@@ -238,7 +238,7 @@ def test_environment_seeds_of_a_seed_do_not_depend_on_the_others():
 
 
 def test_set_gradients_serves_adams_fused_kernel():
-    """As backward() and Adam in steps of its own, also for a gradient that autograd hands out transposed, as a second derivative's."""
+    """As backward() and plain Adam, also for a gradient that autograd hands out transposed, as it does second derivatives."""
     torch.manual_seed(0)
     layer, x = td3.Linear((2,), 3, 4), torch.randn(2, 5, 4)
     reference = deepcopy(layer)
