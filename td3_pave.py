@@ -510,8 +510,52 @@ class Critic(nn.Module):
             hidden = self.activation(layer(hidden, twins))
         return self.layers[-1](hidden, twins).squeeze(-1)
 
+    def action_field(self, observations: Tensor, actions: Tensor, probes: Tensor | None) -> "ActionField":
+        """As action_field(self, ...), from the layers' own derivatives: the curvature costs one pass more, not two.
+
+        d2/dt2 Q(s, a + t v) = sum_l dQ/dh_l . activation''(z_l) (dz_l/dt)^2 takes dz_l/dt, one pass forward, and the dQ/dh_l
+        that dQ/da is made of. z_l, h_l: layer l before and after its activation.
+        """
+        hidden, tangent = torch.cat([observations, actions], -1).unsqueeze(1), None
+        first = self.layers[0].weight[..., observations.shape[-1] :, :]  # of the actions, [S, 2, A, width]
+        slopes, bends = [], []
+        for layer in self.layers[:-1]:
+            hidden, slope, bend = derivatives(self.activation, layer(hidden))
+            slopes.append(slope)
+            if probes is not None:
+                tangent = probes.unsqueeze(1) @ first if tangent is None else tangent @ layer.weight  # dz_l/dt
+                bends.append(bend * tangent.square())
+                tangent = slope * tangent
+        values, curvature = self.layers[-1](hidden).squeeze(-1), None if probes is None else 0.0
+        gradient = self.layers[-1].weight.mT.expand_as(hidden)  # dQ/dh_l
+        for layer, slope in zip(reversed(self.layers[:-1]), reversed(slopes)):
+            if probes is not None:
+                curvature = curvature + (gradient * bends.pop()).sum(-1)
+            gradient = gradient * slope @ (first if layer is self.layers[0] else layer.weight).mT
+        return ActionField(values, gradient, curvature)
+
+
+def derivatives(function: Callable, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x), f'(x) and f''(x) of an elementwise f."""
+
+    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, pullback = torch.func.vjp(function, x)
+        (slopes,) = pullback(torch.ones_like(x))
+        return slopes, values
+
+    slopes, pullback, values = torch.func.vjp(slope, x, has_aux=True)
+    return values, slopes, pullback(torch.ones_like(x))[0]
+
 
 # region pave
+class ActionField(NamedTuple):
+    """Both critics by the action, at a batch of points, all differentiable by the critic's parameters."""
+
+    values: Tensor  # Q(s, a) [S, 2, B]
+    gradient: Tensor  # g = dQ/da [S, 2, B, A]
+    curvature: Tensor | None  # v^T H_aa v [S, 2, B], where v is given
+
+
 class Geometry(NamedTuple):
     """Both critics' action-gradient field over a batch: the losses [S], and what the same passes yield besides."""
 
@@ -522,47 +566,47 @@ class Geometry(NamedTuple):
     values: Tensor  # Q(s, a) [S, 2, B], differentiable: the TD loss needs no forward pass of its own
 
 
-def action_gradient(critic: Callable, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """g = dQ/da [S, 2, B, A] and Q [S, 2, B], differentiable again; torch.func's grad, unlike autograd's, also compiles.
+def action_field(critic: Callable, observations: Tensor, actions: Tensor, probes: Tensor | None) -> ActionField:
+    """Of any critic, at observations [S, B, O] and actions [S, B, A], along probes v [S, B, A].
 
-    observations, actions [S, 2, B, .], one input a twin: the gradient of the sum of all values is then each row's own.
+    torch.func's gradients, unlike autograd.grad, compile. One input a twin: the sum of all values then has each row's own.
     """
 
+    def per_twin(x: Tensor) -> Tensor:
+        return x.unsqueeze(1).expand(-1, 2, -1, -1)
+
     def total_value(actions: Tensor) -> tuple[Tensor, Tensor]:
-        values = critic(observations, actions)
+        values = critic(per_twin(observations), actions)
         return values.sum(), values
 
-    return torch.func.grad(total_value, has_aux=True)(actions)
+    def slope_along_probe(actions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """v . g(s, a), summed: its own gradient is H_aa v, on the graph that g(s, a) is made of."""
+        gradient, values = torch.func.grad(total_value, has_aux=True)(actions)
+        return (gradient * per_twin(probes)).sum(), (gradient, values)
+
+    if probes is None:
+        gradient, values = torch.func.grad(total_value, has_aux=True)(per_twin(actions))
+        return ActionField(values, gradient, None)
+    hessian_probe, (gradient, values) = torch.func.grad(slope_along_probe, has_aux=True)(per_twin(actions))
+    return ActionField(values, gradient, (hessian_probe * per_twin(probes)).sum(-1))
 
 
 def critic_geometry(critic: Callable, observations: Tensor, actions: Tensor, next_observations: Tensor | None,
                     noise: Tensor | None, probes: Tensor | None, delta: float) -> Geometry:  # fmt: skip
     """geometry_losses and what comes with them. A term whose own input is None is zero and costs nothing."""
-
-    def per_twin(x: Tensor) -> Tensor:
-        return x.detach().unsqueeze(1).expand(-1, 2, -1, -1)
-
-    def slope_along_probe(actions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """v . g(s, a), summed: its own gradient is H_aa v, on the graph that g(s, a) is made of."""
-        gradient, values = action_gradient(critic, per_twin(observations), actions)
-        return (gradient * per_twin(probes)).sum(), (gradient, values)
-
+    field = critic.action_field if isinstance(critic, Critic) else partial(action_field, critic)
+    observations, actions = observations.detach(), actions.detach()
     mpr = vfc = curv = concave_share = observations.new_zeros(len(observations))
-    moved = [] if noise is None else [observations + noise]
-    moved += [] if next_observations is None else [next_observations]
+    moved = [] if noise is None else [observations + noise.detach()]
+    moved += [] if next_observations is None else [next_observations.detach()]
+    if not moved and probes is None:
+        return Geometry(mpr, vfc, curv, concave_share, critic(observations, actions))
+    values, gradient, curvature = field(observations, actions, None if probes is None else probes.detach())
     if probes is not None:
-        hessian_probe, (gradient, values) = torch.func.grad(slope_along_probe, has_aux=True)(per_twin(actions))
-        curvature = (hessian_probe * per_twin(probes)).sum(-1)  # v^T H_aa v, [S, 2, B]
         curv = F.relu(curvature + delta).mean(-1).sum(-1)
         concave_share = (curvature < -delta).to(curv.dtype).mean((-1, -2))
-    elif moved:
-        gradient, values = action_gradient(critic, per_twin(observations), per_twin(actions))
-    else:
-        values = critic(observations, actions)
-    if moved:  # one batch of 2 B rows; not 3 B with (s, a), whose second derivative would then pass through all of them
-        moved_gradient, _ = action_gradient(
-            critic, per_twin(torch.cat(moved, 1)), per_twin(torch.cat([actions] * len(moved), 1))
-        )
+    if moved:  # one batch of 2 B rows
+        moved_gradient = field(torch.cat(moved, 1), torch.cat([actions] * len(moved), 1), None).gradient
         changes = (
             (moved_gradient.unflatten(2, (len(moved), -1)) - gradient.unsqueeze(2)).square().mean((-1, -2)).sum(1)
         )  # [S, 1 or 2]

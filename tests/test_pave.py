@@ -124,12 +124,16 @@ def test_mpr_expectation_is_the_mixed_hessian(pave):
     assert ((mpr - expected).abs() < 5 * error).all() and (error < expected / 50).all()
 
 
-def test_against_autograd_on_a_silu_critic(pave):
-    """Values to 1e-10, and the gradient of each loss by each of the critic's parameters to 1e-8."""
+@pytest.mark.parametrize("own_field", [True, False])
+def test_against_autograd_on_a_silu_critic(pave, own_field):
+    """Values to 1e-10, and the gradient of each loss by each of the critic's parameters to 1e-8.
+
+    Both by the critic's own action_field and by the one for any callable.
+    """
     critic, batch = silu_critic(pave), draw_batch()
-    parameters = list(critic.parameters())
+    parameters, callable_ = list(critic.parameters()), critic if own_field else critic.forward
     for delta in (-0.05, 0.0, DELTA):  # few rows, about half and all of them on the relu's slope
-        for loss, expected in zip(pave.geometry_losses(critic, *batch, delta), reference_losses(critic, *batch, delta)):
+        for loss, expected in zip(pave.geometry_losses(callable_, *batch, delta), reference_losses(critic, *batch, delta)):
             torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
             for seed in range(S):  # one seed's loss moves that seed's parameters only
                 ours = torch.autograd.grad(loss[seed], parameters, retain_graph=True, allow_unused=True)
@@ -196,20 +200,21 @@ def test_greedy_action_of_a_concave_critic(pave):
     critic.hessian.data = -critic.hessian.data @ critic.hessian.data.mT - torch.eye(A)
     hessian, mixed = critic.hessian.detach(), critic.mixed.detach()
 
-    def greedy(observations):
-        """argmax_a Q [S, 2, B, A] by gradient ascent, on the very gradients that the losses are made of."""
-        observations = observations.unsqueeze(1).expand(-1, 2, -1, -1)
+    def greedy(observations, twin):
+        """argmax_a Q_twin [S, B, A] by gradient ascent, on the very gradients that the losses are made of."""
         actions = torch.zeros(*observations.shape[:-1], A)
-        step = 1 / torch.linalg.eigvalsh(-hessian).amax(-1)[..., None, None]
+        step = 1 / torch.linalg.eigvalsh(-hessian[:, twin]).amax(-1)[:, None, None]
         for _ in range(20_000):
-            gradient = pave.action_gradient(critic, observations, actions)[0].detach()
+            gradient = pave.action_field(critic, observations, actions, None).gradient[:, twin].detach()
             actions = actions + step * gradient
             if gradient.abs().max() < 1e-11:
                 return actions
         raise AssertionError("gradient ascent did not converge")
 
     basis, state = torch.eye(OBS).expand(S, OBS, OBS), torch.randn(S, 1, OBS)
-    jacobian = (greedy(state + 0.5 * basis) - greedy(state - 0.5 * basis)).mT  # [S, 2, A, OBS], exact for a quadratic
+    jacobian = torch.stack(  # [S, 2, A, OBS], exact for a quadratic
+        [(greedy(state + 0.5 * basis, twin) - greedy(state - 0.5 * basis, twin)).mT for twin in range(2)], 1
+    )
     torch.testing.assert_close(jacobian, -torch.linalg.solve(hessian, mixed), atol=1e-8, rtol=1e-8)
 
     eigenvalues, eigenvectors = torch.linalg.eigh(hessian)
