@@ -456,7 +456,7 @@ def test_worker_killed(path, tmp_path):
     run.until(lambda: run.step >= 40)
     with fault("environment's process killed"):
         os.kill(run.workers()[0], signal.SIGKILL)
-        check_fault(run, tmp_path, r"step \d+: environment \d of 2 \(faulty_envs:Cheap-v0\): its process died")
+        check_fault(run, tmp_path, r"step \d+: environment \d+ of \d+ \(faulty_envs:Cheap-v0\): its process died")
 
 
 # Disks. /dev/full refuses every write, as a full disk does; a file-size limit refuses those beyond it.
