@@ -883,12 +883,17 @@ class Logger:
 
 def worth_compiling(steps: int, device: torch.device) -> bool:
     """On a CPU, compiling costs half a minute, and an update then a quarter less; it takes g++ and Python's headers."""
-    possible = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
-    return device.type == "cuda" or (steps >= 50_000 and bool(possible))
+    if device.type == "cpu":
+        compiler = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+        if steps < 50_000 or not compiler:
+            return False
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")  # since torch 2.11
 
 
 def compile_gradients(gradients: Callable) -> Callable:
     """torch.compile, with the loss and its gradients as one graph."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise UserError(f"--compile on needs torch 2.11, this is {torch.__version__}")
     torch._dynamo.config.trace_autograd_ops = True  # else autograd runs the gradients, as a graph of their own
     return torch.compile(gradients)
 
