@@ -4,9 +4,9 @@
     python benchmark/speed.py --steps 500 --repeats 1 --studies libraries
 
 Every figure is one training process with its own defaults, all with the same environment, networks (256, 256, ReLU), batch
-(256), replay and one update a vector step. Ours compiles where a run of a million steps would by itself. The processes take
-turns; the median over the repeats counts. The clock runs between two lines of a process's log, after warm-up, compilation and
-a number of updates to settle. Run it on a machine that does nothing else.
+(256), replay, one update a vector step and, on a CPU, one thread. Ours compiles where a run of a million steps would by itself.
+The processes take turns; the median over the repeats counts. The clock runs between two lines of a process's log, after
+warm-up, compilation and a number of updates to settle. Run it on a machine that does nothing else.
 """
 
 import csv
@@ -28,6 +28,8 @@ STUDIES = ("libraries", "seeds", "neighbors", "envs")
 LIBRARIES = {"smoothq": "#CC6677", "stable-baselines3": "#88CCEE", "sbx-rl": "#117733"}
 COLUMNS = ["study", "library", "algorithm", "device", "env_id", "value", "repeat"]
 COLUMNS += ["vector_steps_per_second", "updates_per_second", "peak_memory_mib", "gpu_memory_mib"]
+# On a CPU every library computes with one thread, as ours does by default; environments may still have cores of their own.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
 WARM_UP, LOG_EVERY = 256, 50  # vector steps before the first update; between two lines of the log
 
 
@@ -145,7 +147,7 @@ def gpu_memory_mib() -> float | None:
 def time_case(case: Case, options: Options) -> dict[str, float]:
     """Trains once, in a folder of its own that is deleted afterwards; raises UserError with what a failed process said last."""
     times, gpu_before, gpu_peak = {}, gpu_memory_mib() if case.device == "cuda" else None, 0.0
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, **(ONE_THREAD if case.device == "cpu" else {}), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
         kwargs = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
         process = subprocess.Popen(command(case, options), **kwargs)
