@@ -4,9 +4,10 @@
     python benchmark/speed.py --steps 500 --repeats 1 --studies libraries
 
 Every figure is one training process with its own defaults, all with the same environment, networks (256, 256, ReLU), batch
-(256), replay, one update a vector step and, on a CPU, one thread. Ours compiles where a run of a million steps would by itself.
-The processes take turns; the median over the repeats counts. The clock runs between two lines of a process's log, after
-warm-up, compilation and a number of updates to settle. Run it on a machine that does nothing else.
+(256), replay, one update a vector step and, on a CPU, one thread (XLA takes all cores: `taskset -c 0` in front holds every library
+to one). Ours compiles where a run of a million steps would by itself. The processes take turns; the median over the repeats counts.
+The clock runs between two lines of a process's log, after warm-up, compilation and a number of updates to settle. Run it on a
+machine that does nothing else.
 """
 
 import csv
@@ -28,8 +29,8 @@ STUDIES = ("libraries", "seeds", "neighbors", "envs")
 LIBRARIES = {"smoothq": "#CC6677", "stable-baselines3": "#88CCEE", "sbx-rl": "#117733"}
 COLUMNS = ["study", "library", "algorithm", "device", "env_id", "value", "repeat"]
 COLUMNS += ["vector_steps_per_second", "updates_per_second", "peak_memory_mib", "gpu_memory_mib"]
-# On a CPU every library computes with one thread, as ours does by default; environments may still have cores of their own.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+# On a CPU, as ours by default. XLA does not obey: `taskset -c 0` in front of the benchmark holds every library to one core.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 WARM_UP, LOG_EVERY = 256, 50  # vector steps before the first update; between two lines of the log
 
 
@@ -182,7 +183,10 @@ def draw(rows: list[dict], options: Options, path: Path) -> None:
     table = pd.DataFrame(rows)
     shown = [study for study in STUDIES if study in set(table["study"])]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown) + 1.8, 4), squeeze=False, layout="constrained")
-    figure.suptitle(f"Training speed: median and range, {table['repeat'].max() + 1} processes each")
+    repeats = table["repeat"].max() + 1
+    figure.suptitle(
+        "Training speed" + (f": median and range of {repeats} processes each" if repeats > 1 else ", one process each")
+    )
     labels = {"seeds": "S, seeds side by side", "neighbors": "K, neighbours in the target", "envs": "N, environments"}
     for axis, study in zip(axes[0], shown):
         rates = table[table["study"] == study]
@@ -214,7 +218,7 @@ def draw(rows: list[dict], options: Options, path: Path) -> None:
             axis.set_xticks(sorted(rates["value"].unique()), sorted(rates["value"].unique()))
             axis.set_xlabel(labels[study])
             axis.set_ylabel("updates a second, all seeds" if study == "seeds" else "vector steps (= updates) a second")
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.08 * axis.dataLim.y1)
         axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
