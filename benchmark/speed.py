@@ -4,10 +4,10 @@
     python benchmark/speed.py --steps 500 --repeats 1 --studies libraries
 
 Every figure is one training process with its own defaults, all with the same environment, networks (256, 256, ReLU), batch
-(256), replay, one update a vector step and, on a CPU, one thread (XLA takes all cores: `taskset -c 0` in front holds every library
-to one). Ours compiles where a run of a million steps would by itself. The processes take turns; the median over the repeats counts.
-The clock runs between two lines of a process's log, after warm-up, compilation and a number of updates to settle. Run it on a
-machine that does nothing else.
+(256), replay, one update a vector step and, on a CPU, one thread (XLA takes all cores: `taskset -c 0` in front of the command
+holds every library to one). Ours compiles where a run of a million steps would by itself. The processes take turns; the median
+over the repeats counts. The clock runs between two lines of a process's log, after warm-up, compilation and a number of updates
+to settle. Run it on a machine that does nothing else.
 """
 
 import csv
