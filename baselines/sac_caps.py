@@ -424,8 +424,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.shape[-1] == 1:  # MKL takes seven times as long for a single column
         return (x * weight.mT).sum(-1, keepdim=True) + bias
     stack = weight.shape[:-2]
-    x = x.expand(*stack, *x.shape[-2:]).flatten(0, -3)
-    return torch.baddbmm(bias.flatten(0, -3), x, weight.flatten(0, -3)).unflatten(0, stack)
+    x, weight, bias = x.expand(*stack, *x.shape[-2:]).flatten(0, -3), weight.flatten(0, -3), bias.flatten(0, -3)
+    if 2 * weight.shape[-1] < weight.shape[-2]:  # and up to four times as long for few columns as for as few rows
+        return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
+    return torch.baddbmm(bias, x, weight).unflatten(0, stack)
 
 
 def seed_parameters(network: nn.Module, seeds: range) -> None:
@@ -572,14 +574,15 @@ class ReplayBuffer:
         except RuntimeError:
             raise UserError(f"a replay of {math.prod(shape) * 4e-9:.1f} GB does not fit: lower --buffer-size") from None
         self.staging = torch.empty(args.num_seeds, args.num_envs, shape[-1], pin_memory=device.type == "cuda")
+        self.staged = dict(zip(columns, np.split(self.staging.numpy(), np.cumsum(self.widths)[:-1], -1)))  # views
         self.position, self.size = 0, 0
         self.device_size = torch.zeros((), dtype=torch.float64, device=device)  # a tensor: a captured graph reads it anew
         self.seed_axis = torch.arange(args.num_seeds, device=device).unsqueeze(-1)
 
     def add(self, **columns: np.ndarray) -> None:
         """Stores one transition of each environment: columns [S * N, width] or [S * N], seed-major."""
-        for part, name in zip(self.staging.split(self.widths, -1), self.columns):
-            part.copy_(torch.as_tensor(columns[name]).reshape(part.shape))
+        for name, part in self.staged.items():
+            part[...] = columns[name].reshape(part.shape)
         num_envs = self.staging.shape[1]
         before_end = min(num_envs, self.capacity - self.position)
         self.rows[:, self.position : self.position + before_end].copy_(self.staging[:, :before_end], non_blocking=True)
@@ -883,11 +886,16 @@ def worth_compiling(steps: int, device: torch.device) -> bool:
 
 
 def compile_gradients(gradients: Callable) -> Callable:
-    """torch.compile, with the loss and its gradients as one graph."""
+    """torch.compile, with the loss and its gradients as one graph, for the one batch size and the networks of this run.
+
+    Nothing that the graph depends on changes in a run, so it skips the check of some 300 guards that a call begins with. Dynamo
+    keeps graphs by code object: one of its own, so that no other run in this process is answered with this run's graph.
+    """
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         raise UserError(f"--compile on needs torch 2.11, this is {torch.__version__}")
     torch._dynamo.config.trace_autograd_ops = True  # else autograd runs the gradients, as a graph of their own
-    return torch.compile(gradients)
+    gradients.__code__ = gradients.__code__.replace()
+    return torch.compile(gradients, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
 
 
 class CapturedUpdate:

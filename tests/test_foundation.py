@@ -1,5 +1,6 @@
 """What every script shares: the regions are the same bytes, and each of them does what it says. All on baselines/td3.py."""
 
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -26,8 +27,9 @@ def test_every_script_has_the_regions(path):
     assert regions(ROOT / "baselines/td3.py").keys() - regions(path).keys() <= optional
 
 
-def test_linear_is_a_stack_of_torch_linears():
-    stack, B, in_features, out_features = (3, 2), 5, 7, 4
+@pytest.mark.parametrize("out_features", [4, 3, 1], ids=["wide", "few columns", "one column"])
+def test_linear_is_a_stack_of_torch_linears(out_features):
+    stack, B, in_features = (3, 2), 5, 7
     layer = td3.Linear(stack, in_features, out_features)
     x = torch.randn(*stack, B, in_features)
     y, y_first_twin, y_shared = layer(x), layer(x[:, :1], slice(1)), layer(x[:, :1])  # the last: both twins, one input
@@ -38,6 +40,26 @@ def test_linear_is_a_stack_of_torch_linears():
             torch.testing.assert_close(y[s, twin], plain(x[s, twin]))
             torch.testing.assert_close(y_shared[s, twin], plain(x[s, 0]))
         torch.testing.assert_close(y_first_twin[s, 0], y[s, 0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_runs_in_one_process_do_not_answer_for_each_other():
+    """Compiled gradients check no guards, so two runs of one script must not share Dynamo's cache."""
+
+    def run(factor: float, width: int):
+        layer = torch.nn.Linear(width, 1)
+
+        def gradients(batch):
+            return {"loss": factor * layer(batch["x"]).detach().sum()}
+
+        return layer, td3.compile_gradients(gradients)
+
+    runs = [(2.0, 3), (5.0, 3), (5.0, 4)]
+    compiled = [run(*settings) for settings in runs]
+    for _ in range(2):
+        for (factor, width), (layer, gradients) in zip(runs, compiled):
+            x = torch.randn(7, width)
+            torch.testing.assert_close(gradients({"x": x})["loss"], factor * layer(x).detach().sum())
 
 
 def test_linear_starts_as_torch_linear_does():
