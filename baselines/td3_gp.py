@@ -407,11 +407,12 @@ class Linear(nn.Module):
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if weight.shape[-1] == 1:  # MKL takes seven times as long for a single column
+    """x @ weight + bias. For few columns MKL takes four times as long as for as few rows, for a single column seven times."""
+    stack, (in_features, out_features) = weight.shape[:-2], weight.shape[-2:]
+    if out_features == 1:
         return (x * weight.mT).sum(-1, keepdim=True) + bias
-    stack = weight.shape[:-2]
     x, weight, bias = x.expand(*stack, *x.shape[-2:]).flatten(0, -3), weight.flatten(0, -3), bias.flatten(0, -3)
-    if 2 * weight.shape[-1] < weight.shape[-2]:  # and up to four times as long for few columns as for as few rows
+    if 2 * out_features < in_features:
         return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
     return torch.baddbmm(bias, x, weight).unflatten(0, stack)
 
@@ -654,6 +655,61 @@ def record_video(policy: Callable, args: "Args", folder: Path, step: int) -> Pat
 # endregion
 
 
+# region compilation
+def worth_compiling(steps: int, device: torch.device) -> bool:
+    """On a CPU, compiling costs half a minute, and an update then a quarter less; it takes g++ and Python's headers."""
+    if device.type == "cpu":
+        compiler = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+        if steps < 50_000 or not compiler:
+            return False
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")  # since torch 2.11
+
+
+def compile_gradients(gradients: Callable) -> Callable:
+    """torch.compile, with the loss and its gradients as one graph, for the one batch size and the networks of this run.
+
+    Nothing that the graph depends on changes in a run, so it skips the check of some 300 guards that a call begins with. Dynamo
+    keeps graphs by code object: one of its own, so that no other run in this process is answered with this run's graph.
+    """
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise UserError(f"--compile on needs torch 2.11, this is {torch.__version__}")
+    torch._dynamo.config.trace_autograd_ops = True  # else autograd runs the gradients, as a graph of their own
+    gradients.__code__ = gradients.__code__.replace()
+    return torch.compile(gradients, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
+
+
+class CapturedUpdate:
+    """update(update_actor) -> metrics, replayed as one CUDA graph for each value of update_actor.
+
+    The first calls run on a side stream (real updates, in which torch.compile and the allocator settle), the next one
+    records. A replay draws fresh random numbers: PyTorch registers its default generator with a graph.
+    """
+
+    def __init__(self, update: Callable, warm_up: int = 4):
+        self.update, self.warm_up, self.calls, self.graphs = update, warm_up, Counter(), {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, update_actor: bool) -> dict[str, Tensor]:
+        self.calls[update_actor] += 1
+        if self.calls[update_actor] <= self.warm_up:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                metrics = self.update(update_actor)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return metrics
+        if update_actor not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                metrics = self.update(update_actor)
+            self.graphs[update_actor] = graph, metrics
+        graph, metrics = self.graphs[update_actor]
+        graph.replay()
+        return metrics
+
+
+# endregion
+
+
 # region run
 CHECKPOINT_VERSION = 1
 
@@ -838,57 +894,6 @@ class Logger:
         self.writer.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def worth_compiling(steps: int, device: torch.device) -> bool:
-    """On a CPU, compiling costs half a minute, and an update then a quarter less; it takes g++ and Python's headers."""
-    if device.type == "cpu":
-        compiler = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if steps < 50_000 or not compiler:
-            return False
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")  # since torch 2.11
-
-
-def compile_gradients(gradients: Callable) -> Callable:
-    """torch.compile, with the loss and its gradients as one graph, for the one batch size and the networks of this run.
-
-    Nothing that the graph depends on changes in a run, so it skips the check of some 300 guards that a call begins with. Dynamo
-    keeps graphs by code object: one of its own, so that no other run in this process is answered with this run's graph.
-    """
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        raise UserError(f"--compile on needs torch 2.11, this is {torch.__version__}")
-    torch._dynamo.config.trace_autograd_ops = True  # else autograd runs the gradients, as a graph of their own
-    gradients.__code__ = gradients.__code__.replace()
-    return torch.compile(gradients, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
-
-
-class CapturedUpdate:
-    """update(update_actor) -> metrics, replayed as one CUDA graph for each value of update_actor.
-
-    The first calls run on a side stream (real updates, in which torch.compile and the allocator settle), the next one
-    records. A replay draws fresh random numbers: PyTorch registers its default generator with a graph.
-    """
-
-    def __init__(self, update: Callable, warm_up: int = 4):
-        self.update, self.warm_up, self.calls, self.graphs = update, warm_up, Counter(), {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, update_actor: bool) -> dict[str, Tensor]:
-        self.calls[update_actor] += 1
-        if self.calls[update_actor] <= self.warm_up:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                metrics = self.update(update_actor)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return metrics
-        if update_actor not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                metrics = self.update(update_actor)
-            self.graphs[update_actor] = graph, metrics
-        graph, metrics = self.graphs[update_actor]
-        graph.replay()
-        return metrics
 
 
 def resume_command(folder: Path) -> str:

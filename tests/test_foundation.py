@@ -23,7 +23,7 @@ def test_regions_are_equal():
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.stem)
 def test_every_script_has_the_regions(path):
-    optional = {"replay"} if path.stem == "ppo" else set()  # on-policy
+    optional = {"replay", "compilation"} if path.stem == "ppo" else set()  # on-policy, and short updates
     assert regions(ROOT / "baselines/td3.py").keys() - regions(path).keys() <= optional
 
 
