@@ -72,7 +72,8 @@ class Args:
 
     def __post_init__(self):  # tyro makes a message and exit status 2 of a ValueError
         for name, value in vars(self).items():
-            low, high = type(value) is int and name != "seed", 1 if name in ("learning_rate", "gamma", "tau") else 2**32
+            low = type(value) is int and name != "seed"
+            high = 1 if name in ("learning_rate", "gamma", "tau") else 2**32
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
 
@@ -94,13 +95,13 @@ def parse_args() -> Args:
         try:
             saved = json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume}
             if saved.pop("script") != Path(__file__).stem:
-                fail(f"--resume {args.resume}: a run of another script")
+                raise ValueError("it is another one's")
             Args(**saved)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"--resume {args.resume}: no run ({error})")
+            fail(f"--resume {args.resume}: no run of this script ({error})")
     args = tyro.cli(Args, default=Args(**saved))
     for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
-        if getattr(args, name) != saved[name]:
+        if getattr(args, name, None) != saved.get(name):
             fail(f"--resume {args.resume}: {name} was {saved[name]}")
     return args
 
@@ -144,25 +145,14 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
     return LeanEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
 
-class InProcessEnv(gym.vector.SyncVectorEnv):
-    """A single environment, which needs no process of its own."""
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.pending = actions
-
-    def step_wait(self, timeout: float) -> tuple:
-        return self.step(self.pending)
-
-
 def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
-    """Several environments have a process each; final observations of ended episodes are in infos["final_obs"]."""
-    kind = gym.vector.AsyncVectorEnv if num_envs > 1 else InProcessEnv
-    return kind([partial(make_env, env_id)] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-
-def start_seeds(args: Args, step: int, purpose: int, num_envs: int) -> list[int]:
-    """Seeds of num_envs episodes that no other run, step or purpose shares."""
-    return np.random.SeedSequence([args.seed, step, purpose]).generate_state(num_envs).tolist()
+    """Several environments have a process each. Where an episode ended, infos["final_obs"] has its last observation."""
+    makers, mode = [partial(make_env, env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if num_envs > 1:
+        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
+    envs, pending = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode), []
+    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
+    return envs
 
 
 class Linear(nn.Module):
@@ -272,7 +262,8 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int
 
     Smoothness, and fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are of actions in box, the environment's own units.
     """
-    observations, _ = envs.reset(seed=start_seeds(args, step, 1, envs.num_envs))
+    seeds = np.random.SeedSequence([args.seed, step, 1]).generate_state(envs.num_envs)  # those of training have 0 for the 1
+    observations, _ = envs.reset(seed=seeds.tolist())
     running, returns, lengths = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
     actions = []
     while running.any() and not STOP:
@@ -301,7 +292,7 @@ def write_atomically(path: Path, write: Callable) -> None:
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay: ReplayBuffer | None) -> None:
+def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
     """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
     if not all(p.isfinite().all() for module in state.values() if isinstance(module, nn.Module) for p in module.parameters()):
         sys.exit(f"step {step}: a network is not finite; the checkpoint in {folder} is from before")
@@ -312,7 +303,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple],
         write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
 
 
-def load_checkpoint(folder: Path, state: dict, replay: ReplayBuffer | None) -> tuple[int, list[tuple]]:
+def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]]:
     """Restores what save_checkpoint saved, without running code from the files; returns the step and the evaluated episodes."""
     try:
         saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
@@ -330,45 +321,23 @@ def load_checkpoint(folder: Path, state: dict, replay: ReplayBuffer | None) -> t
         fail(f"--resume {folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-class CapturedUpdate:
-    """update(update_actor) -> metrics; after three calls to warm up, a CUDA graph for each value of update_actor, replayed."""
+def capture(update: Callable) -> Callable:
+    """update(update_actor) -> metrics as CUDA graphs, one for each value of update_actor, once it has warmed up."""
+    calls, graphs = [0, 0], {}
 
-    def __init__(self, update: Callable):
-        self.update, self.calls, self.graphs = update, [0, 0], {}
-
-    def __call__(self, update_actor: bool) -> dict[str, Tensor]:
-        self.calls[update_actor] += 1
-        if self.calls[update_actor] <= 3:
-            return self.update(update_actor)
-        if update_actor not in self.graphs:
+    def captured_update(update_actor: bool) -> dict[str, Tensor]:
+        calls[update_actor] += 1
+        if calls[update_actor] <= 3:
+            return update(update_actor)
+        if update_actor not in graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.graphs[update_actor] = graph, self.update(update_actor)
-        graph, metrics = self.graphs[update_actor]
+                graphs[update_actor] = graph, update(update_actor)
+        graph, metrics = graphs[update_actor]
         graph.replay()
         return metrics
 
-
-def compile_functions(*functions: Callable) -> tuple[Callable, ...]:
-    """Each with its gradients as one compiled graph."""
-    if not (shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()):
-        print("torch.compile needs g++ and Python.h, and finds them not: the updates run uncompiled")
-        return functions
-    torch.compiler.reset()  # without guards a second run in this process would be answered with the first one's graph
-    torch._dynamo.config.trace_autograd_ops = True
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 a call: nothing they check changes
-    return tuple(torch.compile(function, options=options) for function in functions)
-
-
-def prepare_process(num_envs: int) -> None:
-    """Threads and memory of this process, before environments and networks are made."""
-    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - num_envs + 1)))  # the environments want the other cores
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        if not os.environ.get("DISPLAY"):  # read when MuJoCo is imported
-            os.environ.setdefault("MUJOCO_GL", "disabled")
+    return captured_update
 
 
 def start_log(folder: Path, args: Args, step: int) -> Callable:
@@ -402,7 +371,7 @@ def start_log(folder: Path, args: Args, step: int) -> Callable:
     return log
 
 
-STOP = []  # no longer empty once SIGINT or SIGTERM asked to save and stop
+STOP = []  # when SIGINT or SIGTERM asked to save and stop
 
 
 def request_stop(number: int, _) -> None:
@@ -415,7 +384,12 @@ def request_stop(number: int, _) -> None:
 def train(args: Args) -> None:
     S, N = args.num_seeds, args.num_envs
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    prepare_process(S * N)
+    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - S * N + 1)))  # the environments want the other cores
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered here
     try:
         env = make_env(args.env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
@@ -454,8 +428,13 @@ def train(args: Args) -> None:
         set_gradients(actor_loss, actor)
         return {"losses/actor_loss": actor_loss.detach()}
 
-    if args.compile:
-        critic_gradients, actor_gradients = compile_functions(critic_gradients, actor_gradients)
+    if args.compile and not (shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()):
+        print("torch.compile needs g++ and Python.h, and finds them not: the updates run uncompiled")
+    elif args.compile:
+        torch.compiler.reset()  # without guards a second run in this process would be answered with the first one's graph
+        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one graph
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 a call: nothing they check changes
+        critic_gradients, actor_gradients = (torch.compile(f, options=options) for f in (critic_gradients, actor_gradients))
 
     def update(update_actor: bool) -> dict[str, Tensor]:
         batch = replay.sample(args.batch_size)
@@ -476,7 +455,7 @@ def train(args: Args) -> None:
 
     if device.type == "cuda" and args.compile:
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be warmed up on the default stream
-        update = CapturedUpdate(update)
+        update = capture(update)
 
     folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     step, episodes = load_checkpoint(folder, state, replay) if args.resume else (0, [])
@@ -485,9 +464,8 @@ def train(args: Args) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
     log = start_log(folder, args, step)
-    save = partial(save_checkpoint, folder, state=state, replay=replay if args.save_replay else None)
 
-    observations, _ = envs.reset(seed=start_seeds(args, step, 0, S * N))
+    observations, _ = envs.reset(seed=np.random.SeedSequence([args.seed, step, 0]).generate_state(S * N).tolist())
     episode_returns, finished, metrics = np.zeros(S * N), [], {}
     while True:
         at_end = step >= args.total_timesteps
@@ -501,7 +479,7 @@ def train(args: Args) -> None:
                 means = np.mean(rows, 0)
                 log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
         if step % args.save_every == 0 or at_end or STOP:
-            save(step=step, episodes=episodes)
+            save_checkpoint(folder, step, state, episodes, replay if args.save_replay else None)
         if at_end or STOP:
             break
 

@@ -1,44 +1,35 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11,<3", "numpy>=1.26,<3", "gymnasium[mujoco,box2d]>=1.1,<2", "mujoco>=3.1.6,<4",
+#     "dm_control>=1.0.20,<2", "shimmy>=2.0,<3", "tyro>=0.9,<2", "tensorboard>=2.17,<3", "wandb>=0.18,<1"]
+# ///
 """TD3 with a gradient penalty on the critic: GP-Critic of the PAVE paper (its weight is not published: 0.1 is ours).
 
-    L = L_TD + penalty_weight mean (dQ/da)^2    over both critics    (the actor's loss is the parent's)
+    L = L_TD + penalty_weight mean (dQ/da)^2, over both critics    (the actor's loss is TD3's)
 
-The protocol is the PAVE paper's ("SiLU-unified").
-`diff baselines/td3.py baselines/td3_gp.py` is the method.
+The protocol is the PAVE paper's. The rest is TD3: diff baselines/td3.py baselines/td3_gp.py.
 
     python baselines/td3_gp.py --env-id Walker2d-v5
-    python baselines/td3_gp.py --env-id Pendulum-v1 --num-seeds 5 --penalty-weight 1
 
-Shapes: S seeds, N environments a seed, B batch, O observation, A action, H hidden, T time. The second axis of a critic's
-value [S, 2, B] is the twin. Actions are normalised to [-1, 1] everywhere but inside the environments.
+Shapes: S seeds trained side by side, N environments a seed, B batch, O observation, A action; an axis of 2 is the twin critics.
+Actions are in [-1, 1] everywhere but inside the environments.
 """
 
-import csv
 import ctypes
-import dataclasses
-import difflib
-import importlib
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -47,1030 +38,498 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-# region arguments
-Count = Annotated[int, (1, 2**40)]  # the pair is the closed range that parse_args accepts
-Few = Annotated[int, (1, 4096)]
-Whole = Annotated[int, (0, 2**31 - 1)]
-Rate = Annotated[float, (sys.float_info.min, 1.0)]
-Positive = Annotated[float, (sys.float_info.min, 1e4)]
-NonNegative = Annotated[float, (0.0, 1e4)]
-Fraction = Annotated[float, (0.0, 1.0)]
-Seconds = Annotated[float, (0.0, 1e9)]
-Timeout = Annotated[float, (1e-3, 1e6)]  # what poll() and setitimer() take
-Widths = Annotated[tuple[int, ...], (1, 2**16)]
-
-
-class UserError(Exception):
-    """A mistake in what was asked for: one line, exit status 2, nothing written."""
-
-
-class TrainingFault(Exception):
-    """What ends a run (environment, disk, numbers): one line, exit status 1, the last checkpoint intact."""
-
-
-def parse_args(argv: list[str] | None = None) -> "Args":
-    """Defaults, over them ENV_SETTINGS of the environment (or the resumed run's arguments), over them the flags given.
-
-    Raises UserError for a value out of range and a --resume that does not fit; tyro exits with 2 for a malformed flag.
-    """
-    args = tyro.cli(Args, args=argv)
-    saved = read_run_args(Path(args.resume)) if args.resume else ENV_SETTINGS.get(args.env_id, {})
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
-    for name in ("env_id", "seed", "num_seeds", "num_envs") if args.resume else ():
-        if getattr(args, name) != saved[name]:
-            raise UserError(f"{args.resume} is a run of {name} {saved[name]}, not {getattr(args, name)}")
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        for low, high in getattr(hint, "__metadata__", ()):
-            if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
-                limits = f"above 0, at most {high:g}" if low == sys.float_info.min else f"from {low:g} to {high:.12g}"
-                raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track:
-        import wandb
-
-        try:
-            wandb.login()
-        except wandb.Error as error:
-            raise UserError(f"--track: {one_line(error)} WANDB_MODE=offline needs no account.") from None
-    return args
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-# endregion
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # a part of the run's folder name
-    env_id: str = "Walker2d-v5"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench
-    seed: Whole = 1  # the run trains seeds seed, seed + 1, ..., seed + num_seeds - 1 side by side
-    num_seeds: Few = 1  # S, independent seeds in this process
-    total_timesteps: Count = 1_000_000  # vector steps: each advances every environment and makes one update
-    num_envs: Few = 1  # N, parallel environments a seed
-    resume: str | None = None  # a run's folder: go on from its checkpoint
-
-    learning_rate: Rate = 1e-3  # of Adam, actor and critic
-    buffer_size: Count = 1_000_000  # transitions a seed that the replay holds
-    gamma: Fraction = 0.99  # discount factor
-    tau: Fraction = 0.005  # share of the online network that enters the target network at each move
-    batch_size: Count = 256  # B, transitions a seed in an update
-    policy_noise: NonNegative = 0.2  # standard deviation of the noise on the target action
-    noise_clip: NonNegative = 0.5  # that noise's largest magnitude
-    exploration_noise: NonNegative = 0.1  # standard deviation of the noise on the action taken
-    penalty_weight: NonNegative = 0.1  # of the critic's squared action gradient; 0 switches it off, and its cost
-    learning_starts: Whole = 10_000  # vector steps of uniform random actions before the first update
-    policy_frequency: Count = 2  # updates of the critic for each of the actor and the targets
-    hidden_sizes: Widths = (400, 300)  # hidden layers, actor and critic
-    activation: Literal["relu", "silu"] = "silu"  # of the hidden layers, actor and critic
-
-    eval_every: Count = 25_000  # vector steps between two evaluations of the deterministic policy
-    eval_episodes: Few = 10  # episodes a seed in an evaluation
-    log_every: Count = 500  # vector steps between two lines of the log
-    checkpoint_seconds: Seconds = 600.0  # the most that a killed run loses
-    save_replay: bool = True  # keep the replay beside the checkpoint, so that a resumed run goes on where it was
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is a GPU
-    num_threads: Few = 1  # PyTorch's CPU threads; the networks are small, and the environments want the other cores
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the update; auto is on with cuda, and for a long run
-    cuda_graph: bool = True  # with cuda, replay the update as one captured graph; without, run it eagerly
-    vector_env: Literal["auto", "async", "sync"] = "auto"  # a process an environment, or none; auto times a step
-    env_timeout: Timeout = 300.0  # seconds after which an environment that does not answer ends the run
-
-    track: bool = False  # log to Weights & Biases too
+    exp_name: str = Path(__file__).stem  # a part of the run's folder name
+    env_id: str = "Walker2d-v5"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench (h1-walk)
+    seed: int = 1  # the first of num_seeds successive seeds
+    num_seeds: int = 1  # S, independent seeds trained side by side
+    num_envs: int = 1  # N, parallel environments a seed
+    total_timesteps: int = 1_000_000  # vector steps: each advances every environment and makes one update
+    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
-    capture_video: bool = False  # at each evaluation, record an episode of the first seed in runs/NAME/videos
+    cuda: bool = True  # use the GPU where there is one
+    compile: bool = True  # torch.compile the updates (with CUDA, one graph each): half a minute at first, faster after it
+    log_every: int = 500  # vector steps between two lines of the log
+    eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
+    save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
+    save_replay: bool = True  # with the checkpoint, so that a resumed run goes on where it was
+    eval_episodes: int = 10  # a seed
+
+    learning_rate: float = 1e-3  # of actor and critic
+    buffer_size: int = 1_000_000  # transitions a seed
+    batch_size: int = 256
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the online network that enters the target network
+    learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
+    exploration_noise: float = 0.1  # standard deviation
+    policy_frequency: int = 2  # updates of the critic for each of the actor and the targets
+    penalty_weight: float = 0.1  # of the critic's squared action gradient
+    policy_noise: float = 0.2  # standard deviation of the noise on the target action
+    noise_clip: float = 0.5
+
+    def __post_init__(self):  # tyro makes a message and exit status 2 of a ValueError
+        for name, value in vars(self).items():
+            low = type(value) is int and name != "seed"
+            high = 1 if name in ("learning_rate", "gamma", "tau") else 2**32
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
 
 
-# region protocol_td3
-PROTOCOL = {  # budget of the PAVE paper's tables, by environment
-    "Pendulum-v1": {"total_timesteps": 100_000, "gamma": 0.98, "buffer_size": 200_000},
-    "LunarLander-v3": {"total_timesteps": 500_000, "gamma": 0.98, "buffer_size": 200_000},
-    "Reacher-v5": {"total_timesteps": 500_000},
+SETTINGS: dict[str, dict] = {  # defaults by environment
+    "LunarLander-v3": dict(total_timesteps=500_000, gamma=0.98, buffer_size=200_000),
+    "Reacher-v5": dict(total_timesteps=500_000),
+    "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.98, buffer_size=200_000),
 }
-# endregion
-ENV_SETTINGS: dict[str, dict] = PROTOCOL  # defaults that depend on the environment; a flag overrides them
 
 
-# region environments
-@contextmanager
-def portable_errors() -> Iterator[None]:
-    """Errors as one line of text: not every exception can be pickled, and sent between processes."""
-    try:
-        yield
-    except multiprocessing.TimeoutError:
-        raise
-    except Exception as error:
-        raise TrainingFault(one_line(error)) from None
+def fail(message: str) -> None:
+    """A user's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args() -> Args:
+    """The command line, over the arguments of the run to resume or over SETTINGS."""
+    args = tyro.cli(Args)
+    saved = SETTINGS.get(args.env_id, {})
+    if args.resume:
+        try:
+            saved = json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume}
+            if saved.pop("script") != Path(__file__).stem:
+                raise ValueError("it is another one's")
+            Args(**saved)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            fail(f"--resume {args.resume}: no run of this script ({error})")
+    args = tyro.cli(Args, default=Args(**saved))
+    for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
+        if getattr(args, name, None) != saved.get(name):
+            fail(f"--resume {args.resume}: {name} was {saved[name]}")
+    return args
 
 
 class LeanEnv(gym.Wrapper):
-    """Float32 observations and empty infos: what the scripts do not read is not sent between processes."""
+    """Float32 observations and no infos: what the trainer does not read is not sent between processes."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
 
     def reset(self, **kwargs):
-        with portable_errors():
-            return np.asarray(self.env.reset(**kwargs)[0], np.float32), {}
+        return self.env.reset(**kwargs)[0].astype(np.float32), {}
 
     def step(self, action):
-        with portable_errors():
-            observation, *outcome, _ = self.env.step(action)
-            return np.asarray(observation, np.float32), *outcome, {}
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation.astype(np.float32), reward, terminated, truncated, {}
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """One environment with float32 observations [O] and actions in [-1, 1]^A; UserError if there is none or it does not fit."""
-    name, kwargs = env_id, {}
-    if env_id == "LunarLander-v3":
-        kwargs["continuous"] = True
-    elif re.fullmatch(r"h1-[a-z_]+", env_id):
+def make_env(env_id: str, **kwargs) -> gym.Env:
+    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error where it cannot be had."""
+    if multiprocessing.parent_process():  # in a worker: signals are for the trainer, which ends its workers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
+    name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
+    if env_id.startswith("h1-"):
+        import humanoid_bench  # noqa: F401, registers its environments
+
         name = env_id.replace("h1-sit", "h1-sit_simple") + "-v0"
-    elif re.fullmatch(r"\w+-\w+", env_id) and not re.search(r"-v\d+$", env_id):
+    elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
+        import shimmy  # noqa: F401
+
         name = f"dm_control/{env_id}-v0"
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # read when MuJoCo is imported
-        os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
-    warnings.filterwarnings("ignore", "overflow encountered in cast", module="gymnasium")  # dm_control's unbounded float64
-    try:
-        for prefix, registrar in (("dm_control/", "shimmy"), ("h1-", "humanoid_bench")):
-            if name.startswith(prefix):
-                importlib.import_module(registrar)  # registers its environments
-        env = gym.make(name, render_mode=render_mode, disable_env_checker=True, **kwargs)
-        if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-            env = gym.wrappers.FlattenObservation(env)
-    except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound):
-        importlib.import_module("shimmy")
-        known = [re.sub(r"^dm_control/(.*)-v0$", r"\1", known) for known in gym.registry]
-        close = ", ".join(difflib.get_close_matches(env_id.removeprefix("dm_control/"), known, 3, 0.5))
-        raise UserError(f"no environment is called {env_id!r}" + (f"; the closest: {close}" if close else "")) from None
-    except Exception as error:
-        raise UserError(f"{env_id} cannot be made: {one_line(error)}") from None
-    observations, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or not actions.is_bounded():
-        raise UserError(f"{env_id} has the action space {actions}; it must be continuous, a bounded vector (Box)")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        raise UserError(f"{env_id} has the observation space {observations}; it must be a vector, not an image")
+    env = gym.make(name, disable_env_checker=True, **kwargs)
+    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        env = gym.wrappers.FlattenObservation(env)
+    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in (env.observation_space, env.action_space)):
+        raise gym.error.Error(f"observations and actions must be real vectors: {env.observation_space}, {env.action_space}")
     return LeanEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
 
-def make_worker_env(env_id: str) -> gym.Env:
-    """make_env in a worker process: only the trainer answers Ctrl-C, and no worker outlives it, even killed."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    return make_env(env_id)
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """Several environments have a process each. Where an episode ended, infos["final_obs"] has its last observation."""
+    makers, mode = [partial(make_env, env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if num_envs > 1:
+        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
+    envs, pending = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode), []
+    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
+    return envs
 
 
-def kill_workers() -> None:
-    """Ends the workers, which ignore the SIGTERM that multiprocessing would send them at exit, and wait for."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """multiprocessing.TimeoutError after seconds: in this process, only a signal ends a step that hangs."""
-
-    def expire(*_) -> NoReturn:
-        raise multiprocessing.TimeoutError
-
-    signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-class EnvSpec(NamedTuple):
-    """What the networks need to know of an environment."""
-
-    observation_dim: int
-    action_dim: int
-    action_low: np.ndarray  # [A], in the environment's own units
-    action_high: np.ndarray
-    step_seconds: float
-
-
-def read_env_spec(env_id: str) -> EnvSpec:
-    """Makes the environment once, so that a mistake ends the run before it begins; raises UserError."""
-    env, step_seconds = make_env(env_id), 0.0
-    with suppress(Exception), time_limit(10):  # a fault inside a step is the run's to report
-        env.reset(seed=0)
-        start = time.perf_counter()
-        for _ in range(5):
-            env.step(np.zeros(env.action_space.shape, np.float32))
-        step_seconds = (time.perf_counter() - start) / 5
-    box = env.unwrapped.action_space
-    return EnvSpec(env.observation_space.shape[0], box.shape[0], box.low, box.high, step_seconds)
-
-
-class Step(NamedTuple):
-    """Answers of E environments. Where an episode ended, observations [E, O] already begin the next one, and
-    next_observations [E, O] are the last of the old one; rewards, terminations, truncations [E]."""
-
-    observations: np.ndarray
-    next_observations: np.ndarray
-    rewards: np.ndarray
-    terminations: np.ndarray
-    truncations: np.ndarray
-
-
-class VectorEnv:
-    """E environments behind send and receive, so that an update can run while they step; same-step autoreset.
-
-    Raises TrainingFault, naming the environment, when one dies, raises, hangs for timeout seconds or returns no number.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, parallel: bool, timeout: float):
-        gym.logger.min_level = gym.logger.ERROR + 1  # a worker's fault is reported once, by faults()
-        self.env_id, self.num_envs, self.parallel, self.timeout = env_id, num_envs, parallel, timeout
-        engine = gym.vector.AsyncVectorEnv if parallel else gym.vector.SyncVectorEnv
-        if parallel:
-            multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
-        with self.faults():
-            thunks = [partial(make_worker_env, env_id)] * num_envs
-            self.envs = engine(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-    def reset(self, seeds: list[int]) -> np.ndarray:
-        """Begins an episode everywhere: seeds [E] -> observations [E, O]."""
-        with self.faults():
-            if self.parallel:
-                self.envs.reset_async(seed=seeds)
-            observations, _ = self.envs.reset_wait(self.timeout) if self.parallel else self.envs.reset(seed=seeds)
-        self.check_finite(observations, np.zeros(self.num_envs))
-        return observations.copy()
-
-    def send(self, actions: np.ndarray) -> None:
-        """Hands out actions [E, A]; parallel environments step at once, the others in receive."""
-        if not np.isfinite(actions).all():  # not the environment's fault, though it would look like one
-            raise TrainingFault("the policy's action is not finite")
-        self.actions = actions
-        if self.parallel:
-            with self.faults():
-                self.envs.step_async(actions)
-
-    def receive(self) -> Step:
-        with self.faults():
-            answer = self.envs.step_wait(self.timeout) if self.parallel else self.envs.step(self.actions)
-        observations, rewards, terminations, truncations, infos = answer
-        self.check_finite(observations, rewards)
-        observations = next_observations = observations.copy()  # the engine's own array is overwritten by the next step
-        if "final_obs" in infos:
-            next_observations = observations.copy()
-            for index in np.flatnonzero(infos["_final_obs"]):
-                next_observations[index] = infos["final_obs"][index]
-            self.check_finite(next_observations, rewards)
-        return Step(observations, next_observations, rewards, terminations, truncations)
-
-    def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        finite = np.isfinite(observations).all(-1) & (np.abs(rewards) < 3e38)  # the replay holds float32
-        if not finite.all():
-            bad = f"environment {finite.argmin()} of {self.num_envs} ({self.env_id})"
-            raise TrainingFault(f"{bad}: observation or reward not finite")
-
-    @contextmanager
-    def faults(self) -> Iterator[None]:
-        try:
-            with time_limit(self.timeout * (1 + self.parallel)):  # the workers' own time-out comes first
-                yield
-        except (Exception, SystemExit) as error:
-            late = isinstance(error, multiprocessing.TimeoutError)
-            why = str(error) if isinstance(error, TrainingFault) else one_line(error)
-            why = f"no answer within {self.timeout:g} s (--env-timeout)" if late else why
-            culprits = []
-            if self.parallel and hasattr(self, "envs"):
-                time.sleep(0.1)  # a killed process closes its pipe just before it counts as dead
-                for index, (pipe, process) in enumerate(zip(self.envs.parent_pipes, self.envs.processes)):
-                    if pipe is None or not process.is_alive() or (late and not pipe.poll(0)):
-                        culprits.append(str(index))
-                    if not process.is_alive() and isinstance(error, (EOFError, OSError)):
-                        why = "its process died (killed, or out of memory)"
-            who = f"environment {', '.join(culprits)} of {self.num_envs}" if culprits else "environment"
-            raise TrainingFault(f"{who} ({self.env_id}): {why}") from None
-
-    def close(self) -> None:
-        """Ends the workers, also one that hangs."""
-        for process in self.envs.processes if self.parallel else ():
-            process.kill()
-            process.join()
-        self.envs.closed = True
-
-
-def make_vector_env(args: "Args", spec: EnvSpec, num_envs: int) -> VectorEnv:
-    """A process an environment where that is faster: it saves stepping time but costs a round trip of about 0.15 ms."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parallel = cores > 1 and spec.step_seconds * (1 - 1 / min(cores, num_envs + 1)) > 1.5e-4
-    parallel = parallel if args.vector_env == "auto" else args.vector_env == "async"
-    return VectorEnv(args.env_id, num_envs, parallel, args.env_timeout)
-
-
-def env_seeds(args: "Args", envs_per_seed: int, purpose: int, step: int) -> list[int]:
-    """[S * envs_per_seed] reset seeds, seed-major; seed k's depend on k alone, not on how many train beside it."""
-    pairs = itertools.product(range(args.seed, args.seed + args.num_seeds), range(envs_per_seed))
-    return [int(np.random.SeedSequence([*pair, purpose, step]).generate_state(1)[0] >> 1) for pair in pairs]
-
-
-# endregion
-
-
-# region linear
 class Linear(nn.Module):
-    """One linear layer for every member of a stack: weight [*stack, in, out], bias [*stack, 1, out].
-
-    x [*stack, B, in], or broadcastable to it, -> x @ weight + bias [*stack, B, out], as one batched product.
-    """
+    """One linear layer for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
 
     def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int):
         super().__init__()
-        try:
-            self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features))
-            self.bias = nn.Parameter(torch.empty(*stack, 1, out_features))
-        except RuntimeError:
-            raise UserError("the networks do not fit into memory: lower --hidden-sizes or --num-seeds") from None
         bound = in_features**-0.5  # as nn.Linear
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, members: slice = slice(None)) -> Tensor:
-        """members picks along the last stack axis: slice(1) is the first twin alone."""
-        return affine(x, self.weight[..., members, :, :], self.bias[..., members, :, :])
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight, self.bias)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias. For few columns MKL takes four times as long as for as few rows, for a single column seven times."""
+    """x @ weight + bias, as one batched product."""
     stack, (in_features, out_features) = weight.shape[:-2], weight.shape[-2:]
-    if out_features == 1:
+    if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
         return (x * weight.mT).sum(-1, keepdim=True) + bias
     x, weight, bias = x.expand(*stack, *x.shape[-2:]).flatten(0, -3), weight.flatten(0, -3), bias.flatten(0, -3)
-    if 2 * out_features < in_features:
+    if 2 * out_features < in_features:  # and few columns four times as long as so many rows
         return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
     return torch.baddbmm(bias, x, weight).unflatten(0, stack)
 
 
-def seed_parameters(network: nn.Module, seeds: range) -> None:
-    """Redraws the layers so that seed k's initial weights depend on it alone, not on how many train beside it."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for layer in network.modules():
-        for parameter in layer.parameters() if isinstance(layer, Linear) else ():
-            bound = layer.weight.shape[-2] ** -0.5
-            for member, generator in zip(parameter.data, generators):
-                member.uniform_(-bound, bound, generator=generator)
-
-
 def set_gradients(loss: Tensor, network: nn.Module) -> None:
-    """The gradients of loss [S] for the optimiser of network, which no other network gets; unlike backward(), it compiles."""
+    """What loss.sum().backward() does, for one network and in a form that torch.compile takes. loss [S]: no two seeds meet."""
     parameters = list(network.parameters())
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)  # a sum over seeds: no term couples two of them
-    for parameter, gradient in zip(parameters, gradients):  # contiguous: Adam's fused CPU kernel does not look at strides
-        parameter.grad = None if gradient is None else gradient.contiguous()
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss.sum(), parameters)):
+        parameter.grad = gradient.contiguous()  # Adam's fused kernel does not look at strides
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online, parameter by parameter."""
+    """target <- (1 - tau) target + tau online."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def gradient_norm(network: nn.Module) -> Tensor:
-    """Norm of the parameters' gradient, one number a seed: [S]."""
-    return sum(parameter.grad.flatten(1).square().sum(1) for parameter in network.parameters()).sqrt()
-
-
-def keep_freed_memory() -> None:
-    """Stops glibc from returning freed activations to the kernel: the page faults cost up to half of an update on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, size in ((-3, 2**30), (-1, 2**31 - 1)) if mallopt else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, size)
-
-
-# endregion
-
-
 class Actor(nn.Module):
-    """The policy: observations [S, B, O] -> actions [S, B, A] in [-1, 1]."""
-
-    def __init__(self, num_seeds: int, observation_dim: int, action_dim: int, args: Args):
+    def __init__(self, S: int, O: int, A: int):
         super().__init__()
-        sizes = [observation_dim, *args.hidden_sizes, action_dim]
-        self.layers = nn.ModuleList(Linear((num_seeds,), *size) for size in itertools.pairwise(sizes))
-        self.activation = getattr(F, args.activation)
+        self.fc1 = Linear((S,), O, 400)
+        self.fc2 = Linear((S,), 400, 300)
+        self.fc_mu = Linear((S,), 300, A)
 
     def forward(self, observations: Tensor) -> Tensor:
-        hidden = observations
-        for layer in self.layers[:-1]:
-            hidden = self.activation(layer(hidden))
-        return torch.tanh(self.layers[-1](hidden))
+        """observations [S, B, O] -> actions [S, B, A]."""
+        x = F.silu(self.fc1(observations))
+        x = F.silu(self.fc2(x))
+        return torch.tanh(self.fc_mu(x))
 
 
 class Critic(nn.Module):
-    """Twin action values: observations [S, B, O], actions [S, B, A] -> [S, 2, B]; or one input a twin, [S, 2, B, .]."""
-
-    def __init__(self, num_seeds: int, observation_dim: int, action_dim: int, args: Args):
+    def __init__(self, S: int, O: int, A: int):
         super().__init__()
-        sizes = [observation_dim + action_dim, *args.hidden_sizes, 1]
-        self.layers = nn.ModuleList(Linear((num_seeds, 2), *size) for size in itertools.pairwise(sizes))
-        self.activation = getattr(F, args.activation)
+        self.fc1 = Linear((S, 2), O + A, 400)
+        self.fc2 = Linear((S, 2), 400, 300)
+        self.fc_q = Linear((S, 2), 300, 1)
 
-    def forward(self, observations: Tensor, actions: Tensor, twins: slice = slice(None)) -> Tensor:
-        hidden = torch.cat([observations, actions], -1)
-        if hidden.dim() == 3:
-            hidden = hidden.unsqueeze(1)  # [S, 1, B, O + A], the same for both twins
-        for layer in self.layers[:-1]:
-            hidden = self.activation(layer(hidden, twins))
-        return self.layers[-1](hidden, twins).squeeze(-1)
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]."""
+        x = F.silu(self.fc1(torch.cat([observations, actions], -1).unsqueeze(1)))
+        x = F.silu(self.fc2(x))
+        return self.fc_q(x).squeeze(-1)
 
 
-def smoothed_target_actions(target_actions: Tensor, policy_noise: float, noise_clip: float) -> Tensor:
-    """Target policy smoothing (TD3, equation 15): actions [S, B, A] with clipped Gaussian noise, inside [-1, 1]."""
-    noise = (torch.randn_like(target_actions) * policy_noise).clamp(-noise_clip, noise_clip)
-    return (target_actions + noise).clamp(-1, 1)
-
-
-def td_target(rewards: Tensor, terminations: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """r + gamma (1 - terminated) V(s'), all [S, B]; a truncated episode still bootstraps."""
-    return rewards + gamma * (1 - terminations) * next_values
-
-
-def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """mse(Q_1) + mse(Q_2): values [S, 2, B] against targets [S, B] -> [S] (TD3, algorithm 1)."""
-    return (values - targets.unsqueeze(1)).square().mean(-1).sum(-1)
-
-
-# region gp
 def gradient_penalty(critic: Callable, observations: Tensor, actions: Tensor) -> Tensor:
-    """mean g(s, a)^2, g = dQ/da, over B and A, added over the two critics -> [S]; differentiable by the critic's parameters.
-
-    critic: (observations, actions), one input a twin [S, 2, B, .], -> [S, 2, B]. observations [S, B, O], actions [S, B, A].
-    """
-    observations, actions = (x.unsqueeze(1).expand(-1, 2, -1, -1) for x in (observations, actions))
-    gradient = torch.func.grad(lambda actions: critic(observations, actions).sum())(actions)  # each row's own, [S, 2, B, A]
-    return gradient.square().mean((-1, -2)).sum(1)
+    """mean (dQ/da)^2 over B and A, of both critics added, for their parameters: [S, B, O], [S, B, A] -> [S]."""
+    gradients = [torch.func.grad(lambda a: critic(observations, a)[:, twin].sum())(actions) for twin in range(2)]
+    return sum(gradient.square().mean((1, 2)) for gradient in gradients)
 
 
-# endregion
-
-
-# region replay
 class ReplayBuffer:
-    """A ring of the last capacity transitions of each seed: rows [S, capacity, W], split into named columns.
+    """The last transitions of each seed, on the training device: a ring of vector steps, rows [S, capacity, N, width]."""
 
-    columns: {name: width}, width 0 for one number a transition. On CUDA the rows live on the GPU, and what a step adds goes
-    there in one pinned copy. Raises UserError if they do not fit into memory, or a batch not into them.
-    """
+    def __init__(self, S: int, N: int, widths: list[int], capacity: int, device: torch.device):
+        self.widths = widths
+        self.rows = torch.zeros(S, capacity, N, sum(widths), device=device)
+        self.seed_index = torch.arange(S, device=device).unsqueeze(1)
+        self.steps = 0
+        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # on the device: a captured graph reads it anew
 
-    def __init__(self, args: "Args", columns: dict[str, int], device: torch.device):
-        if max(args.batch_size, args.num_envs) > args.buffer_size:
-            raise UserError(f"--buffer-size must be at least --batch-size and --num-envs, not {args.buffer_size}")
-        self.capacity = min(args.buffer_size, args.total_timesteps * args.num_envs)
-        self.columns, self.widths = columns, [max(width, 1) for width in columns.values()]
-        shape = (args.num_seeds, self.capacity, sum(self.widths))
-        try:
-            self.rows = torch.empty(shape, device=device)
-        except RuntimeError:
-            raise UserError(f"a replay of {math.prod(shape) * 4e-9:.1f} GB does not fit: lower --buffer-size") from None
-        self.staging = torch.empty(args.num_seeds, args.num_envs, shape[-1], pin_memory=device.type == "cuda")
-        self.staged = dict(zip(columns, np.split(self.staging.numpy(), np.cumsum(self.widths)[:-1], -1)))  # views
-        self.position, self.size = 0, 0
-        self.device_size = torch.zeros((), dtype=torch.float64, device=device)  # a tensor: a captured graph reads it anew
-        self.seed_axis = torch.arange(args.num_seeds, device=device).unsqueeze(-1)
+    def add(self, *columns: np.ndarray) -> None:
+        """A vector step: observations [S * N, O], actions, next observations, ..., rewards [S * N], terminations."""
+        S, capacity, N, width = self.rows.shape
+        rows = np.concatenate([column.reshape(S * N, -1) for column in columns], 1, dtype=np.float32)
+        if not np.isfinite(rows).all():
+            sys.exit("an environment returned a number that is not finite")
+        self.rows[:, self.steps % capacity].copy_(torch.from_numpy(rows).view(S, N, width))
+        self.steps += 1
+        self.filled.fill_(min(self.steps, capacity) * N)
 
-    def add(self, **columns: np.ndarray) -> None:
-        """Stores one transition of each environment: columns [S * N, width] or [S * N], seed-major."""
-        for name, part in self.staged.items():
-            part[...] = columns[name].reshape(part.shape)
-        num_envs = self.staging.shape[1]
-        before_end = min(num_envs, self.capacity - self.position)
-        self.rows[:, self.position : self.position + before_end].copy_(self.staging[:, :before_end], non_blocking=True)
-        self.rows[:, : num_envs - before_end].copy_(self.staging[:, before_end:], non_blocking=True)
-        self.position = (self.position + num_envs) % self.capacity
-        self.size = min(self.size + num_envs, self.capacity)
-        self.device_size.fill_(self.size)
-
-    def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """Uniform transitions, drawn with replacement for each seed: {name: [S, B, width], or [S, B] for width 0}."""
-        uniform = torch.rand(len(self.rows), batch_size, dtype=torch.float64, device=self.rows.device)
-        batch = self.rows[self.seed_axis, (uniform * self.device_size).long()].split(self.widths, -1)
-        return {name: part if width else part[..., 0] for (name, width), part in zip(self.columns.items(), batch)}
-
-    def state_dict(self) -> dict:
-        rows = self.rows if self.size == self.capacity else self.rows[:, : self.size].clone()
-        return {"rows": rows, "position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over the newest rows, oldest first, also those of a ring of another capacity."""
-        rows = state["rows"].roll(-state["position"], 1)[:, -self.capacity :]
-        self.size = rows.shape[1]
-        self.rows[:, : self.size] = rows
-        self.position = self.size % self.capacity
-        self.device_size.fill_(self.size)
+    def sample(self, batch_size: int) -> list[Tensor]:
+        """Uniformly: observations [S, B, O], actions [S, B, A], next observations, ..., rewards [S, B], terminations [S, B]."""
+        index = torch.rand(len(self.rows), batch_size, dtype=torch.float64, device=self.rows.device) * self.filled
+        *vectors, rewards, terminations = self.rows.flatten(1, 2)[self.seed_index, index.long()].split(self.widths, -1)
+        return [*vectors, rewards.squeeze(-1), terminations.squeeze(-1)]
 
 
-# endregion
-
-
-# region evaluation
 def smoothness(actions: np.ndarray) -> float:
-    """How much an episode's actions [T, A], in environment units, oscillate; lower is smoother (Mysore et al. 2021, CAPS).
+    """How much actions [T, A] oscillate: mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T; lower is smoother (CAPS, 2021)."""
+    T = len(actions)
+    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]
+    return float((2 / T * (np.arange(T // 2) / T) @ spectrum).mean())
 
-    2 / T sum_k f_k |FFT(actions)|_k over the first T // 2 bins, f_k = k / T cycles a step, mean over A; 0 if T < 2.
+
+EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
+
+
+def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[tuple]:
+    """An episode of the deterministic policy in each environment: rows of EVAL_COLUMNS, none if told to stop meanwhile.
+
+    Smoothness, and fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are of actions in box, the environment's own units.
     """
-    length = len(actions)
-    if length < 2:
-        return 0.0
-    magnitudes = np.abs(np.fft.rfft(np.asarray(actions, np.float64), axis=0))[: length // 2]
-    return float(np.mean(2 / length * (np.arange(length // 2) / length) @ magnitudes))
-
-
-class Episode(NamedTuple):
-    """A row of eval.csv."""
-
-    step: int
-    transitions: int
-    seed: int
-    episode: int
-    episodic_return: float
-    length: int
-    smoothness: float
-
-
-@torch.no_grad()
-def evaluate(policy: Callable, envs: VectorEnv, spec: EnvSpec, args: "Args", step: int, stop: Callable) -> list[Episode]:
-    """One episode of the deterministic policy in each of the S * eval_episodes environments, each with a seed of its own.
-
-    policy: observations [S, eval_episodes, O] -> actions [S, eval_episodes, A]. Empty if stop() turned true on the way.
-    """
-    observations = envs.reset(env_seeds(args, args.eval_episodes, 1, step))
+    seeds = np.random.SeedSequence([args.seed, step, 1]).generate_state(envs.num_envs)  # those of training have 0 for the 1
+    observations, _ = envs.reset(seed=seeds.tolist())
     running, returns, lengths = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
-    taken = []
-    while running.any():
-        if stop():
-            return []
-        batch = torch.from_numpy(observations).view(args.num_seeds, args.eval_episodes, -1)
-        taken.append(policy(batch).cpu().numpy().reshape(envs.num_envs, -1))
-        envs.send(taken[-1])
-        answer = envs.receive()
-        returns += answer.rewards * running
+    actions = []
+    while running.any() and not STOP:
+        actions.append(policy(observations))
+        envs.step_async(actions[-1])
+        observations, rewards, terminations, truncations, _ = envs.step_wait(timeout=300)
+        returns += rewards * running
         lengths += running
-        running &= ~(answer.terminations | answer.truncations)
-        observations = answer.observations
-    actions = spec.action_low + (np.stack(taken) + 1) / 2 * (spec.action_high - spec.action_low)  # [T, E, A]
-    episodes = []
-    for index, length in enumerate(lengths):
-        seed, episode = divmod(index, args.eval_episodes)
-        result = float(returns[index]), int(length), smoothness(actions[:length, index])
-        episodes.append(Episode(step, step * args.num_envs, args.seed + seed, episode, *result))
-    return episodes
-
-
-@torch.no_grad()
-def record_video(policy: Callable, args: "Args", folder: Path, step: int) -> Path:
-    """An mp4 of one episode of the first seed's deterministic policy; raises TrainingFault where nothing can render."""
-    try:
-        env = make_env(args.env_id, render_mode="rgb_array")
-        fps = round(1 / env.unwrapped.dt) if hasattr(env.unwrapped, "dt") else env.metadata.get("render_fps", 30)
-        name = f"step_{step:09d}"
-        env = gym.wrappers.RecordVideo(env, str(folder), lambda _: True, name_prefix=name, fps=fps, disable_logger=True)
-        (observation, _), done = env.reset(seed=env_seeds(args, 1, 2, step)[0]), False
-        while not done:
-            batch = torch.from_numpy(observation).expand(args.num_seeds, 1, -1)
-            observation, _, terminated, truncated, _ = env.step(policy(batch)[0, 0].cpu().numpy())
-            done = terminated or truncated
-        env.close()
-        return max(folder.glob(f"{name}*.mp4"))
-    except Exception as error:
-        hint = "without a display, the environment variable MUJOCO_GL chooses between egl and osmesa"
-        raise TrainingFault(f"--capture-video failed: {one_line(error)} ({hint})") from None
-
-
-# endregion
-
-
-# region compilation
-def worth_compiling(steps: int, device: torch.device) -> bool:
-    """On a CPU, compiling costs half a minute, and an update then a quarter less; it takes g++ and Python's headers."""
-    if device.type == "cpu":
-        compiler = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
-        if steps < 50_000 or not compiler:
-            return False
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")  # since torch 2.11
-
-
-def compile_gradients(gradients: Callable) -> Callable:
-    """torch.compile, with the loss and its gradients as one graph, for the one batch size and the networks of this run.
-
-    Nothing that the graph depends on changes in a run, so it skips the check of some 300 guards that a call begins with. Dynamo
-    keeps graphs by code object: one of its own, so that no other run in this process is answered with this run's graph.
-    """
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        raise UserError(f"--compile on needs torch 2.11, this is {torch.__version__}")
-    torch._dynamo.config.trace_autograd_ops = True  # else autograd runs the gradients, as a graph of their own
-    gradients.__code__ = gradients.__code__.replace()
-    return torch.compile(gradients, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
-
-
-class CapturedUpdate:
-    """update(update_actor) -> metrics, replayed as one CUDA graph for each value of update_actor.
-
-    The first calls run on a side stream (real updates, in which torch.compile and the allocator settle), the next one
-    records. A replay draws fresh random numbers: PyTorch registers its default generator with a graph.
-    """
-
-    def __init__(self, update: Callable, warm_up: int = 4):
-        self.update, self.warm_up, self.calls, self.graphs = update, warm_up, Counter(), {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, update_actor: bool) -> dict[str, Tensor]:
-        self.calls[update_actor] += 1
-        if self.calls[update_actor] <= self.warm_up:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                metrics = self.update(update_actor)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return metrics
-        if update_actor not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                metrics = self.update(update_actor)
-            self.graphs[update_actor] = graph, metrics
-        graph, metrics = self.graphs[update_actor]
-        graph.replay()
-        return metrics
-
-
-# endregion
-
-
-# region run
-CHECKPOINT_VERSION = 1
+        running &= ~(terminations | truncations)
+    rows = []
+    for index in range(0 if STOP else envs.num_envs):
+        (seed, episode), T = divmod(index, args.eval_episodes), int(lengths[index])
+        taken = box.low + (np.stack([a[index] for a in actions[:T]]) + 1) / 2 * (box.high - box.low)  # [T, A]
+        fluctuation = float(np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T)
+        row = (step, step * args.num_envs, args.seed + seed, episode, float(returns[index]), T, smoothness(taken), fluctuation)
+        rows.append(row)
+    return rows
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """write(binary file): readers of path see the old file or the new one, whole. TrainingFault if the disk refuses."""
+    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole. write(binary file)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
+    """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
+    if not all(p.isfinite().all() for module in state.values() if isinstance(module, nn.Module) for p in module.parameters()):
+        sys.exit(f"step {step}: a network is not finite; the checkpoint in {folder} is from before")
+    states = {name: module.state_dict() for name, module in state.items()}
+    write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
+    if replay:
+        rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
+        write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
+
+
+def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]]:
+    """Restores what save_checkpoint saved, without running code from the files; returns the step and the evaluated episodes."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise TrainingFault(f"cannot write {path}: {one_line(error)}") from None
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+        for name, module in state.items():
+            if "param_groups" in saved[name]:  # this run's learning rate and device
+                saved[name]["param_groups"] = module.state_dict()["param_groups"]
+            module.load_state_dict(saved[name])
+        if replay and (folder / "replay.pt").exists():
+            stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
+            replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
+            replay.steps = stored["steps"]
+            replay.filled.fill_(stored["rows"].shape[1] * replay.rows.shape[2])
+        return saved["step"], saved["episodes"]
+    except Exception as error:  # torch.load has half a dozen for a damaged file
+        fail(f"--resume {folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def save_checkpoint(folder: Path, step: int, modules: dict, replay: ReplayBuffer | None) -> None:
-    """Writes replay.pt, then checkpoint.pt; a kill between the two leaves a replay slightly ahead, which does no harm.
+def capture(update: Callable) -> Callable:
+    """update(update_actor) -> metrics as CUDA graphs, one for each value of update_actor, once it has warmed up."""
+    calls, graphs = [0, 0], {}
 
-    modules: {name: network or optimiser}. Raises TrainingFault, the old files untouched, if one holds a number that is not
-    finite; Adam's moments overflow before the parameters do.
-    """
-    for name, module in modules.items():
-        states = [module.state_dict()] if isinstance(module, nn.Module) else module.state.values()
-        if not all(torch.isfinite(tensor).all() for state in states for tensor in state.values()):
-            raise TrainingFault(f"{name} is not finite")
-    if replay is not None:
-        write_atomically(folder / "replay.pt", partial(torch.save, replay.state_dict()))
-    state = {"version": CHECKPOINT_VERSION, "step": step, "cpu_generator": torch.get_rng_state()}
-    state["cuda_generator"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    state["modules"] = {name: module.state_dict() for name, module in modules.items()}
-    write_atomically(folder / "checkpoint.pt", partial(torch.save, state))
+    def captured_update(update_actor: bool) -> dict[str, Tensor]:
+        calls[update_actor] += 1
+        if calls[update_actor] <= 3:
+            return update(update_actor)
+        if update_actor not in graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                graphs[update_actor] = graph, update(update_actor)
+        graph, metrics = graphs[update_actor]
+        graph.replay()
+        return metrics
 
-
-def load_checkpoint(folder: Path, modules: dict, replay: ReplayBuffer | None, device: torch.device) -> int:
-    """Restores modules, replay and generators; returns the step.
-
-    Raises UserError for a file that is missing, truncated, of another version or other shapes, or that would run code.
-    """
-    afresh = "start again without --resume (policies/ still holds the evaluated policies)"
-    path = folder / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"version {state['version']}, this script reads {CHECKPOINT_VERSION}")
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        torch.set_rng_state(state["cpu_generator"].cpu())
-        if device.type == "cuda" and state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"].cpu())
-        path = folder / "replay.pt"
-        if replay is not None and path.exists():
-            replay.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        return state["step"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no checkpoint: {afresh}") from None
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or does not fit ({one_line(error)}): {afresh}") from None
+    return captured_update
 
 
-def read_run_args(folder: Path) -> dict:
-    """The arguments of the run in folder; raises UserError if it is no run, or another script's."""
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        script = saved.pop("script")
-        if script != Path(__file__).stem:
-            raise UserError(f"--resume {folder}: that run was made by {script}.py, not by {Path(__file__).name}")
-        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        return dataclasses.asdict(Args(**{**saved, "resume": str(folder)}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {folder}: no run of this script ({one_line(error)})") from None
+def start_log(folder: Path, args: Args, step: int) -> Callable:
+    """log(step, scalars): to TensorBoard, the terminal and, with --track, Weights & Biases. charts/SPS counts vector steps."""
+    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
+    write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
+    writer.add_text("hyperparameters", f"    {arguments}".replace("\n", "\n    "))
+    if args.track:
+        import wandb
 
+        identity = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
+        group = f"{args.env_id}__{args.exp_name}"
+        wandb.init(**identity, group=group, resume="allow", config=asdict(args), save_code=True)
+        wandb.define_metric("*", step_metric="global_step")
+    print(folder, flush=True)
+    shown, last = {}, [step, time.perf_counter()]
 
-def make_run_folder(args: "Args") -> Path:
-    """runs/{env_id}__{exp_name}__{seed}__{timestamp}, a new one also when another run starts in the same second."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        for suffix in itertools.count() if not args.resume else ():
-            folder = Path("runs", f"{name}_{suffix}" if suffix else name)
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-        folder = Path(args.resume) if args.resume else folder
-        (folder / "policies").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run's folder: {one_line(error)}") from None
-    text = json.dumps({"script": Path(__file__).stem, **dataclasses.asdict(args), "resume": None}, indent=2)
-    write_atomically(folder / "args.json", lambda file: file.write(text.encode()))
-    return folder
-
-
-def read_episodes(folder: Path, last_step: int) -> list[Episode]:
-    """The rows of eval.csv up to the checkpoint's step; what came after it is evaluated again."""
-    if not (folder / "eval.csv").exists():
-        return []
-    kinds = Episode.__annotations__.values()
-    try:
-        rows = list(csv.reader((folder / "eval.csv").read_text().splitlines()))[1:]
-        episodes = [Episode(*(kind(cell) for kind, cell in zip(kinds, row))) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'eval.csv'} is damaged ({one_line(error)}): repair it, or move it away") from None
-    return [episode for episode in episodes if episode.step <= last_step]
-
-
-def write_episodes(folder: Path, episodes: list[Episode]) -> None:
-    rows = [[name.removeprefix("episodic_") for name in Episode._fields], *episodes]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
-
-
-class StopRequest:
-    """stop() is true after SIGINT or SIGTERM; a second signal ends the process at once, the last checkpoint intact.
-
-    Within half a second it is no second one: uv run, for one, forwards the Ctrl-C that the terminal has sent to both.
-    """
-
-    def __init__(self):
-        self.requested_at = math.inf
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def __call__(self) -> bool:
-        return self.requested_at < math.inf
-
-    def handle(self, number: int, _) -> None:
-        if time.monotonic() > self.requested_at + 0.5:
-            kill_workers()
-            os._exit(128 + number)
-        if self():
-            return
-        self.requested_at = time.monotonic()
-        with suppress(OSError):  # os.write, for the signal may come in the middle of a print
-            os.write(2, b"\nstopping: saving the run (a second signal stops at once)\n")
-
-
-class Logger:
-    """TensorBoard, wandb with --track, and a progress bar (plain lines where the output is no terminal)."""
-
-    def __init__(self, args: "Args", folder: Path, step: int):
-        self.total, self.shown, self.last, self.wandb = args.total_timesteps, {}, (step, time.perf_counter()), None
-        # the writer's thread prints its faults; flush() raises them, here
-        threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)  # step itself is not repeated
-        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value!r}" for key, value in vars(args).items()))
-        self.bar = tqdm(total=self.total, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def log(step: int, scalars: dict[str, float]) -> None:
+        if step > last[0]:
+            speed = (step - last[0]) / (time.perf_counter() - last[1])
+            scalars |= {"charts/SPS": speed, "charts/transitions": step * args.num_envs}
+        last[:] = step, time.perf_counter()
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
         if args.track:
-            import wandb
+            wandb.log({**scalars, "global_step": step})
+        shown.update({name: f"{value:.4g}" for name, value in scalars.items() if name.startswith(("eval/", "charts/SPS"))})
+        print(f"step {step}/{args.total_timesteps}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
 
-            identity = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
-            self.wandb = wandb
-            wandb.init(**identity, resume="allow", config=vars(args), dir=str(folder), save_code=True)
-
-    def log(self, step: int, scalars: dict[str, float], video: Path | None = None) -> None:
-        """Writes the scalars and shows eval/*, the step and charts/SPS, vector steps a second since the last call."""
-        now, (last_step, last_time) = time.perf_counter(), self.last
-        if step > last_step:
-            scalars = {**scalars, "charts/SPS": (step - last_step) / (now - last_time)}
-        self.last = step, now
-        try:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()  # nothing logged is lost with a killed run, and a full disk shows here
-        except OSError as error:
-            raise TrainingFault(f"cannot write TensorBoard's events: {one_line(error)}") from None
-        if self.wandb:
-            media = {"videos/eval": self.wandb.Video(str(video), format="mp4")} if video else {}
-            self.wandb.log({**scalars, **media}, step=step)
-        for name in ("charts/SPS", "eval/return", "eval/smoothness"):
-            if name in scalars:
-                self.shown[name.split("/")[1]] = f"{scalars[name]:.4g}"
-        if self.bar.disable:
-            with suppress(BrokenPipeError):  # Ctrl-C ends the tee of python ... | tee too; the run is to be saved
-                print(f"step {step}/{self.total}", *(f"{name} {value}" for name, value in self.shown.items()), flush=True)
-        else:
-            self.bar.set_postfix(self.shown, refresh=False)
-            self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+    return log
 
 
-def resume_command(folder: Path) -> str:
-    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+STOP = []  # when SIGINT or SIGTERM asked to save and stop
 
 
-@contextmanager
-def guarded(folder: Path, progress: Callable, *envs: VectorEnv) -> Iterator[None]:
-    """Ends the environments however the run ends; for a fault, says in one line what it was and how to go on.
-
-    progress() -> (step, metrics of the last update): a loss that is not finite is the cause of whatever else went wrong.
-    """
-    try:
-        yield
-    except (TrainingFault, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
-            raise  # PyTorch has no type of its own for a CPU that is out of memory
-        step, metrics = progress()
-        what = str(error) if isinstance(error, TrainingFault) else one_line(error)
-        if isinstance(error, TrainingFault):
-            losses = [name for name, value in metrics.items() if not value.isfinite().all()]
-            what = f"{losses[0]} is not finite ({what})" if losses and losses[0] not in what else what
-        if "is not finite" in what:
-            with suppress(OSError, TrainingFault):
-                last = (folder / "checkpoint.pt").read_bytes()
-                write_atomically(folder / "checkpoint_last_finite.pt", lambda file: file.write(last))
-                what += "; checkpoint_last_finite.pt is from before"
-        script = Path(__file__).name
-        print(f"{script}: step {step}: {what}. Go on from the last checkpoint: {resume_command(folder)}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        for vector_env in envs:
-            vector_env.close()
-
-
-# endregion
+def request_stop(number: int, _) -> None:
+    if STOP and time.monotonic() > STOP[0] + 1:  # sooner it is the same request: uv forwards what the terminal sent to both
+        os._exit(128 + number)
+    STOP.append(time.monotonic())
+    os.write(2, b"\nsaving, then stopping; again to stop at once\n")
 
 
 def train(args: Args) -> None:
-    spec = read_env_spec(args.env_id)
-    use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if use_cuda else "cpu")
-    torch.set_num_threads(args.num_threads)
-    keep_freed_memory()
-    torch.manual_seed(args.seed)
     S, N = args.num_seeds, args.num_envs
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - S * N + 1)))  # the environments want the other cores
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered here
+    try:
+        env = make_env(args.env_id)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
 
-    actor, critic = (network(S, spec.observation_dim, spec.action_dim, args) for network in (Actor, Critic))
-    for network in (actor, critic):
-        seed_parameters(network, range(args.seed, args.seed + S))
-        network.to(device)
+    torch.manual_seed(args.seed)
+    actor, critic = Actor(S, O, A).to(device), Critic(S, O, A).to(device)
     target_actor, target_critic = deepcopy(actor).requires_grad_(False), deepcopy(critic).requires_grad_(False)
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=use_cuda)
+    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
     actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critic.parameters())
-    modules = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    columns = {"observations": spec.observation_dim, "actions": spec.action_dim, "next_observations": spec.observation_dim}
-    replay = ReplayBuffer(args, {**columns, "rewards": 0, "terminations": 0}, device)
+    state = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
+    state |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    replay = ReplayBuffer(S, N, [O, A, O, 1, 1], min(args.buffer_size // N, args.total_timesteps), device)
+    first_critic = {name: weight[:, :1] for name, weight in critic.state_dict().items()}  # views, trained with it
 
-    def critic_gradients(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        observations, next_observations = batch["observations"], batch["next_observations"]
-        with torch.no_grad():
-            next_actions = smoothed_target_actions(target_actor(next_observations), args.policy_noise, args.noise_clip)
-            next_values = target_critic(next_observations, next_actions).amin(1)
-            targets = td_target(batch["rewards"], batch["terminations"], next_values, args.gamma)  # [S, B]
-        values = critic(observations, batch["actions"])  # [S, 2, B]
-        qf_loss = critic_loss(values, targets)
-        metrics = {"losses/qf_loss": qf_loss.detach(), "losses/qf_values": values.detach().mean((1, 2))}
-        if args.penalty_weight:
-            penalty = gradient_penalty(critic, observations, batch["actions"])
-            metrics["losses/gradient_penalty"] = penalty.detach()
-            qf_loss = qf_loss + args.penalty_weight * penalty
-        set_gradients(qf_loss, critic)
-        metrics["diagnostics/critic_grad_norm"] = gradient_norm(critic)
-        metrics["diagnostics/td_target_variance"] = targets.var(-1, correction=0)
-        return metrics
+    def next_values(next_observations: Tensor) -> Tensor:
+        """The value of the next state [S, B]."""
+        next_actions = target_actor(next_observations)
+        noise = (args.policy_noise * torch.randn_like(next_actions)).clamp(-args.noise_clip, args.noise_clip)
+        return target_critic(next_observations, (next_actions + noise).clamp(-1, 1)).amin(1)
 
-    def actor_gradients(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        observations = batch["observations"]
-        actor_loss = -critic(observations, actor(observations), slice(1)).mean((1, 2))  # the first twin's value
-        metrics = {"losses/actor_loss": actor_loss.detach()}
+    def critic_gradients(observations, actions, next_observations, rewards, terminations) -> dict[str, Tensor]:
+        with torch.no_grad():  # a truncated episode bootstraps
+            targets = rewards + args.gamma * (1 - terminations) * next_values(next_observations)  # [S, B]
+        values = critic(observations, actions)  # [S, 2, B]
+        qf_loss = (values - targets.unsqueeze(1)).square().mean(2).sum(1)  # [S]
+        penalty = gradient_penalty(critic, observations, actions)
+        set_gradients(qf_loss + args.penalty_weight * penalty, critic)
+        grad_norm = sum(p.grad.flatten(1).square().sum(1) for p in critic.parameters()).sqrt()
+        metrics = {"losses/qf_loss": qf_loss.detach(), "losses/qf_values": values.detach()}
+        metrics["losses/gradient_penalty"] = penalty.detach()
+        return metrics | {"diagnostics/critic_grad_norm": grad_norm, "diagnostics/td_target_variance": targets.var(1)}
+
+    def actor_gradients(observations: Tensor) -> dict[str, Tensor]:
+        values = torch.func.functional_call(critic, first_critic, (observations, actor(observations)))  # [S, 1, B]
+        actor_loss = -values.mean((1, 2))  # [S]
         set_gradients(actor_loss, actor)
-        return metrics
+        return {"losses/actor_loss": actor_loss.detach()}
+
+    if args.compile and not (shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()):
+        print("torch.compile needs g++ and Python.h, and finds them not: the updates run uncompiled")
+    elif args.compile:
+        torch.compiler.reset()  # without guards a second run in this process would be answered with the first one's graph
+        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one graph
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 a call: nothing they check changes
+        critic_gradients, actor_gradients = (torch.compile(f, options=options) for f in (critic_gradients, actor_gradients))
 
     def update(update_actor: bool) -> dict[str, Tensor]:
         batch = replay.sample(args.batch_size)
-        metrics = critic_gradients(batch)
+        metrics = critic_gradients(*batch)
         critic_optimizer.step()
         if update_actor:
-            metrics |= actor_gradients(batch)
+            metrics |= actor_gradients(batch[0])
             actor_optimizer.step()
             polyak_update(target_actor, actor, args.tau)
             polyak_update(target_critic, critic, args.tau)
         return metrics
 
     @torch.no_grad()
-    def policy(observations: Tensor, noise: float = 0.0) -> Tensor:
-        actions = actor(observations.to(device, non_blocking=True))
-        return (actions + noise * torch.randn_like(actions)).clamp(-1, 1) if noise else actions
+    def policy(observations: np.ndarray, noise: float = 0.0) -> np.ndarray:
+        """observations [S * E, O] -> actions [S * E, A]."""
+        actions = actor(torch.from_numpy(observations).unflatten(0, (S, -1)).to(device))
+        return (actions + noise * torch.randn_like(actions)).clamp(-1, 1).flatten(0, 1).cpu().numpy()
 
-    step = load_checkpoint(Path(args.resume), modules, replay, device) if args.resume else 0
-    envs, eval_envs = make_vector_env(args, spec, S * N), make_vector_env(args, spec, S * args.eval_episodes)
-    folder = make_run_folder(args)
-    stop, metrics = StopRequest(), {}
-    if args.compile == "on" or (args.compile == "auto" and worth_compiling(args.total_timesteps - step, device)):
-        critic_gradients, actor_gradients = map(compile_gradients, (critic_gradients, actor_gradients))
-    if use_cuda and args.cuda_graph:
-        update = CapturedUpdate(update)
-    save = partial(save_checkpoint, folder, modules=modules, replay=replay if args.save_replay else None)
+    if device.type == "cuda" and args.compile:
+        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be warmed up on the default stream
+        update = capture(update)
 
-    with guarded(folder, lambda: (step, metrics), envs, eval_envs):
-        logger, episodes = Logger(args, folder, step), read_episodes(folder, step)
-        if not args.resume:
-            save(step)
-        observations = envs.reset(env_seeds(args, N, 0, step))
-        episode_returns, episode_lengths, finished = np.zeros(S * N), np.zeros(S * N), []
-        saved_at = time.perf_counter()
-        while True:
-            due = step % args.eval_every == 0 or step == args.total_timesteps
-            if due and not (episodes and episodes[-1].step == step):
-                if new := evaluate(policy, eval_envs, spec, args, step, stop):
-                    episodes += new
-                    small = {name: modules[name].state_dict() for name in ("actor", "critic")}
-                    write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, small))
-                    write_episodes(folder, episodes)
-                    video = record_video(policy, args, folder / "videos", step) if args.capture_video else None
-                    scores = np.mean([(episode.episodic_return, episode.smoothness) for episode in new], 0)
-                    logger.log(step, dict(zip(("eval/return", "eval/smoothness"), scores)), video)
-            if stop() or step >= args.total_timesteps:
-                break
-            if time.perf_counter() - saved_at > args.checkpoint_seconds:
-                save(step)
-                saved_at = time.perf_counter()
+    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    step, episodes = load_checkpoint(folder, state, replay) if args.resume else (0, [])
+    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
+    envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    log = start_log(folder, args, step)
 
-            if step < args.learning_starts:
-                actions = torch.rand(S * N, spec.action_dim).numpy() * 2 - 1
-            else:
-                actions = policy(torch.from_numpy(observations).view(S, N, -1), args.exploration_noise)
-                actions = actions.flatten(0, 1).cpu().numpy()
-            envs.send(actions)
-            if replay.size >= min(max(args.learning_starts * N, 1), replay.capacity):  # while the environments step
-                metrics |= update(step % args.policy_frequency == 0)
-            answer = envs.receive()
-            replay.add(
-                observations=observations,
-                actions=actions,
-                next_observations=answer.next_observations,
-                rewards=answer.rewards,
-                terminations=answer.terminations,
-            )
-            observations = answer.observations
-            step += 1
+    observations, _ = envs.reset(seed=np.random.SeedSequence([args.seed, step, 0]).generate_state(S * N).tolist())
+    episode_returns, finished, metrics = np.zeros(S * N), [], {}
+    while True:
+        at_end = step >= args.total_timesteps
+        if (step % args.eval_every == 0 or at_end) and not (episodes and episodes[-1][0] == step):
+            if rows := evaluate(policy, eval_envs, args, step, action_box):
+                episodes += rows
+                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
+                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
+                networks = {"actor": actor.state_dict(), "critic": critic.state_dict()}
+                write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, networks))
+                means = np.mean(rows, 0)
+                log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
+        if step % args.save_every == 0 or at_end or STOP:
+            save_checkpoint(folder, step, state, episodes, replay if args.save_replay else None)
+        if at_end or STOP:
+            break
 
-            episode_returns += answer.rewards
-            episode_lengths += 1
-            done = answer.terminations | answer.truncations
-            finished += zip(episode_returns[done], episode_lengths[done])
-            episode_returns[done] = episode_lengths[done] = 0
-            if step % args.log_every == 0:
-                scalars = {name: value.mean().item() for name, value in metrics.items()}
-                for name, value in scalars.items():
-                    if not math.isfinite(value):
-                        raise TrainingFault(f"{name} is not finite")
-                if finished:
-                    means = np.mean(finished, 0)
-                    scalars |= {"charts/episodic_return": means[0], "charts/episodic_length": means[1]}
-                    finished.clear()
-                logger.log(step, {**scalars, "charts/transitions": step * N})
-        save(step)
-        logger.close()
-    how = "finished" if step >= args.total_timesteps else f"stopped at step {step}, go on with: {resume_command(folder)}"
-    print(f"{folder}: {how}")
+        if step < args.learning_starts:
+            actions = 2 * torch.rand(S * N, A).numpy() - 1
+        else:
+            actions = policy(observations, args.exploration_noise)
+        envs.step_async(actions)
+        if replay.steps >= args.learning_starts:  # while the environments step
+            metrics |= update(step % args.policy_frequency == 0)
+        next_observations, rewards, terminations, truncations, infos = envs.step_wait(timeout=300)
+        done, final_observations = terminations | truncations, next_observations.copy()
+        if done.any():  # there next_observations already begin the next episode
+            final_observations[done] = np.stack(infos["final_obs"][done])
+        replay.add(observations, actions, final_observations, rewards, terminations)
+        observations = next_observations
+        step += 1
+
+        episode_returns += rewards
+        finished += list(episode_returns[done])
+        episode_returns[done] = 0
+        if step % args.log_every == 0:
+            scalars = {name: metric.mean().item() for name, metric in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
+                sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
+            log(step, scalars | ({"charts/episodic_return": np.mean(finished)} if finished else {}))
+            finished = []
+    envs.close()
+    eval_envs.close()
+    if STOP:
+        print(f"stopped at step {step}; go on with: python {sys.argv[0]} --resume {folder}")
 
 
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (UserError, TrainingFault) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:  # workers ignore SIGTERM: whatever ends the run, none outlives it
+        for worker in multiprocessing.active_children():
+            worker.kill()
