@@ -1,40 +1,34 @@
-"""PPO: proximal policy optimisation (Schulman et al. 2017, equation 9) as in CleanRL's ppo_continuous_action.py.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11,<3", "numpy>=1.26,<3", "gymnasium[mujoco,box2d]>=1.1,<2", "mujoco>=3.1.6,<4",
+#     "dm_control>=1.0.20,<2", "shimmy>=2.0,<3", "tyro>=0.9,<2", "tensorboard>=2.17,<3", "wandb>=0.18,<1"]
+# ///
+"""PPO, proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) with CleanRL's settings for continuous actions.
 
-    L = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) + vf_coef 1/2 mean max((V - R)^2, (V_clipped - R)^2) - ent_coef entropy
-    A_t = sum_l (gamma lambda)^l (r_{t+l} + gamma (1 - terminated_{t+l}) V(s'_{t+l}) - V(s_{t+l})),  R = A + V   (GAE)
+    L = mean max(-A r, -A clip(r, 1 - c, 1 + c)) - ent_coef entropy + vf_coef value loss,  r = pi(a|s) / pi_old(a|s)  (equation 7)
 
-    python baselines/ppo.py --env-id Walker2d-v5
-    python baselines/ppo.py --env-id dog-run --num-seeds 5
+Its cells of the AMS table count transitions: 500 000 of them are 62 500 vector steps of 8 environments.
 
-Other than CleanRL's: a truncated episode bootstraps from its last observation, the running statistics of observations and
-rewards are one a seed, shared by its environments, and actions are normalised to [-1, 1].
+    python baselines/ppo.py --env-id dog-run
+    python baselines/ppo.py --env-id Walker2d-v5 --num-seeds 5
 
-Shapes: S seeds, N environments a seed, T steps of a rollout, M rows of a minibatch, O observation, A action.
+Shapes: S seeds side by side, N environments a seed, T steps of a rollout, M rows of a minibatch, O observation, A action.
+Actions are in [-1, 1] everywhere but inside the environments.
 """
 
-import csv
 import ctypes
-import dataclasses
-import difflib
-import importlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -42,418 +36,159 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-# region arguments
-Count = Annotated[int, (1, 2**40)]  # the pair is the closed range that parse_args accepts
-Few = Annotated[int, (1, 4096)]
-Whole = Annotated[int, (0, 2**31 - 1)]
-Rate = Annotated[float, (sys.float_info.min, 1.0)]
-Positive = Annotated[float, (sys.float_info.min, 1e4)]
-NonNegative = Annotated[float, (0.0, 1e4)]
-Fraction = Annotated[float, (0.0, 1.0)]
-Seconds = Annotated[float, (0.0, 1e9)]
-Timeout = Annotated[float, (1e-3, 1e6)]  # what poll() and setitimer() take
-Widths = Annotated[tuple[int, ...], (1, 2**16)]
-
-
-class UserError(Exception):
-    """A mistake in what was asked for: one line, exit status 2, nothing written."""
-
-
-class TrainingFault(Exception):
-    """What ends a run (environment, disk, numbers): one line, exit status 1, the last checkpoint intact."""
-
-
-def parse_args(argv: list[str] | None = None) -> "Args":
-    """Defaults, over them ENV_SETTINGS of the environment (or the resumed run's arguments), over them the flags given.
-
-    Raises UserError for a value out of range and a --resume that does not fit; tyro exits with 2 for a malformed flag.
-    """
-    args = tyro.cli(Args, args=argv)
-    saved = read_run_args(Path(args.resume)) if args.resume else ENV_SETTINGS.get(args.env_id, {})
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
-    for name in ("env_id", "seed", "num_seeds", "num_envs") if args.resume else ():
-        if getattr(args, name) != saved[name]:
-            raise UserError(f"{args.resume} is a run of {name} {saved[name]}, not {getattr(args, name)}")
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        for low, high in getattr(hint, "__metadata__", ()):
-            if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
-                limits = f"above 0, at most {high:g}" if low == sys.float_info.min else f"from {low:g} to {high:.12g}"
-                raise UserError(f"--{name.replace('_', '-')} must be {limits}, not {getattr(args, name)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track:
-        import wandb
-
-        try:
-            wandb.login()
-        except wandb.Error as error:
-            raise UserError(f"--track: {one_line(error)} WANDB_MODE=offline needs no account.") from None
-    return args
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-# endregion
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # a part of the run's folder name
-    env_id: str = "HalfCheetah-v5"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench
-    seed: Whole = 1  # the run trains seeds seed, seed + 1, ..., seed + num_seeds - 1 side by side
-    num_seeds: Few = 1  # S, independent seeds in this process
-    total_timesteps: Count = 500_000  # vector steps: each advances every environment
-    num_envs: Few = 8  # N, parallel environments a seed
-    resume: str | None = None  # a run's folder: go on from its checkpoint, with a new rollout
-
-    learning_rate: Rate = 3e-4  # of Adam, at the start
-    anneal_lr: bool = True  # lower it linearly to 0 at the end
-    num_steps: Annotated[int, (1, 2**20)] = 2048  # T, vector steps of a rollout; then the networks learn from it
-    gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # discount of the advantage estimate besides
-    num_minibatches: Count = 32  # parts of a rollout, one gradient step each
-    update_epochs: Count = 10  # passes over a rollout
-    norm_adv: bool = True  # normalise the advantages of a minibatch
-    clip_coef: NonNegative = 0.2  # how far the probability ratio counts, and the value with --clip-vloss
-    clip_vloss: bool = True  # clip the value's change too
-    ent_coef: NonNegative = 0.0  # of the entropy
-    vf_coef: NonNegative = 0.5  # of the value loss
-    max_grad_norm: Positive = 0.5  # the gradient of actor and critic together is scaled down to it, for each seed
-    hidden_sizes: Widths = (64, 64)  # hidden layers, actor and critic; their activation is tanh
-
-    eval_every: Count = 25_000  # vector steps between two evaluations of the deterministic policy
-    eval_episodes: Few = 10  # episodes a seed in an evaluation
-    log_every: Count = 2048  # vector steps between two lines of the log
-    checkpoint_seconds: Seconds = 600.0  # the most that a killed run loses
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is a GPU
-    num_threads: Few = 1  # PyTorch's CPU threads; the networks are small, and the environments want the other cores
-    vector_env: Literal["auto", "async", "sync"] = "auto"  # a process an environment, or none; auto times a step
-    env_timeout: Timeout = 300.0  # seconds after which an environment that does not answer ends the run
-
-    track: bool = False  # log to Weights & Biases too
+    exp_name: str = Path(__file__).stem  # a part of the run's folder name
+    env_id: str = "dog-run"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench (h1-walk)
+    seed: int = 1  # the first of num_seeds successive seeds
+    num_seeds: int = 1  # S, independent seeds trained side by side
+    num_envs: int = 8  # N, parallel environments a seed
+    total_timesteps: int = 62_500  # vector steps: each advances every environment
+    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
-    capture_video: bool = False  # at each evaluation, record an episode of the first seed in runs/NAME/videos
+    cuda: bool = True  # use the GPU where there is one
+    log_every: int = 2048  # vector steps between two lines of the log
+    eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
+    save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
+    eval_episodes: int = 10  # a seed
+
+    learning_rate: float = 3e-4  # at the start
+    anneal_lr: bool = True  # linearly, to 0 at the end
+    num_steps: int = 2048  # T, vector steps of a rollout
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # the advantage estimate's other discount
+    num_minibatches: int = 32  # parts of a rollout, one gradient step each
+    update_epochs: int = 10  # passes over a rollout
+    norm_adv: bool = True  # normalise the advantages of a minibatch
+    clip_coef: float = 0.2  # how far the probability ratio counts, and the value with --clip-vloss
+    clip_vloss: bool = True
+    ent_coef: float = 0.0
+    vf_coef: float = 0.5
+    max_grad_norm: float = 0.5  # of actor and critic together, each seed's own
+
+    def __post_init__(self):  # tyro makes a message and exit status 2 of a ValueError
+        for name, value in vars(self).items():
+            low = type(value) is int and name != "seed"
+            high = 1 if name in ("learning_rate", "gamma", "gae_lambda") else 2**32
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
+        if self.num_steps * self.num_envs < 2 * self.num_minibatches:
+            raise ValueError("--num-minibatches is at most half of --num-steps times --num-envs")
 
 
-ENV_SETTINGS: dict[str, dict] = {  # defaults that depend on the environment; a flag overrides them
-    "dog-run": {"total_timesteps": 1_000_000},
-    "humanoid-run": {"total_timesteps": 1_000_000},
-}
-ReplayBuffer = type(None)  # for the run region's annotations: PPO keeps no replay
+SETTINGS = {env_id: dict(total_timesteps=125_000) for env_id in ("dog-run", "humanoid-run")}  # defaults by environment
 
 
-# region environments
-@contextmanager
-def portable_errors() -> Iterator[None]:
-    """Errors as one line of text: not every exception can be pickled, and sent between processes."""
-    try:
-        yield
-    except multiprocessing.TimeoutError:
-        raise
-    except Exception as error:
-        raise TrainingFault(one_line(error)) from None
+def fail(message: str) -> None:
+    """A user's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args() -> Args:
+    """The command line, over the arguments of the run to resume or over SETTINGS."""
+    args = tyro.cli(Args)
+    saved = SETTINGS.get(args.env_id, {})
+    if args.resume:
+        try:
+            saved = json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume}
+            if saved.pop("script") != Path(__file__).stem:
+                raise ValueError("it is another one's")
+            Args(**saved)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            fail(f"--resume {args.resume}: no run of this script ({error})")
+    args = tyro.cli(Args, default=Args(**saved))
+    for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
+        if getattr(args, name, None) != saved.get(name):
+            fail(f"--resume {args.resume}: {name} was {saved[name]}")
+    return args
 
 
 class LeanEnv(gym.Wrapper):
-    """Float32 observations and empty infos: what the scripts do not read is not sent between processes."""
+    """Float32 observations and no infos: what the trainer does not read is not sent between processes."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
 
     def reset(self, **kwargs):
-        with portable_errors():
-            return np.asarray(self.env.reset(**kwargs)[0], np.float32), {}
+        return self.env.reset(**kwargs)[0].astype(np.float32), {}
 
     def step(self, action):
-        with portable_errors():
-            observation, *outcome, _ = self.env.step(action)
-            return np.asarray(observation, np.float32), *outcome, {}
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        return observation.astype(np.float32), reward, terminated, truncated, {}
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """One environment with float32 observations [O] and actions in [-1, 1]^A; UserError if there is none or it does not fit."""
-    name, kwargs = env_id, {}
-    if env_id == "LunarLander-v3":
-        kwargs["continuous"] = True
-    elif re.fullmatch(r"h1-[a-z_]+", env_id):
+def make_env(env_id: str, **kwargs) -> gym.Env:
+    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error where it cannot be had."""
+    if multiprocessing.parent_process():  # in a worker: signals are for the trainer, which ends its workers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
+    name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
+    if env_id.startswith("h1-"):
+        import humanoid_bench  # noqa: F401, registers its environments
+
         name = env_id.replace("h1-sit", "h1-sit_simple") + "-v0"
-    elif re.fullmatch(r"\w+-\w+", env_id) and not re.search(r"-v\d+$", env_id):
+    elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
+        import shimmy  # noqa: F401
+
         name = f"dm_control/{env_id}-v0"
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # read when MuJoCo is imported
-        os.environ.setdefault("MUJOCO_GL", "egl" if render_mode else "disabled")
-    warnings.filterwarnings("ignore", "overflow encountered in cast", module="gymnasium")  # dm_control's unbounded float64
-    try:
-        for prefix, registrar in (("dm_control/", "shimmy"), ("h1-", "humanoid_bench")):
-            if name.startswith(prefix):
-                importlib.import_module(registrar)  # registers its environments
-        env = gym.make(name, render_mode=render_mode, disable_env_checker=True, **kwargs)
-        if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-            env = gym.wrappers.FlattenObservation(env)
-    except (gym.error.UnregisteredEnv, gym.error.NamespaceNotFound):
-        importlib.import_module("shimmy")
-        known = [re.sub(r"^dm_control/(.*)-v0$", r"\1", known) for known in gym.registry]
-        close = ", ".join(difflib.get_close_matches(env_id.removeprefix("dm_control/"), known, 3, 0.5))
-        raise UserError(f"no environment is called {env_id!r}" + (f"; the closest: {close}" if close else "")) from None
-    except Exception as error:
-        raise UserError(f"{env_id} cannot be made: {one_line(error)}") from None
-    observations, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or not actions.is_bounded():
-        raise UserError(f"{env_id} has the action space {actions}; it must be continuous, a bounded vector (Box)")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        raise UserError(f"{env_id} has the observation space {observations}; it must be a vector, not an image")
+    env = gym.make(name, disable_env_checker=True, **kwargs)
+    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        env = gym.wrappers.FlattenObservation(env)
+    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in (env.observation_space, env.action_space)):
+        raise gym.error.Error(f"observations and actions must be real vectors: {env.observation_space}, {env.action_space}")
     return LeanEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
 
-def make_worker_env(env_id: str) -> gym.Env:
-    """make_env in a worker process: only the trainer answers Ctrl-C, and no worker outlives it, even killed."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    return make_env(env_id)
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """Several environments have a process each. Where an episode ended, infos["final_obs"] has its last observation."""
+    makers, mode = [partial(make_env, env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if num_envs > 1:
+        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
+    envs, pending = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode), []
+    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
+    return envs
 
 
-def kill_workers() -> None:
-    """Ends the workers, which ignore the SIGTERM that multiprocessing would send them at exit, and wait for."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """multiprocessing.TimeoutError after seconds: in this process, only a signal ends a step that hangs."""
-
-    def expire(*_) -> NoReturn:
-        raise multiprocessing.TimeoutError
-
-    signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-class EnvSpec(NamedTuple):
-    """What the networks need to know of an environment."""
-
-    observation_dim: int
-    action_dim: int
-    action_low: np.ndarray  # [A], in the environment's own units
-    action_high: np.ndarray
-    step_seconds: float
-
-
-def read_env_spec(env_id: str) -> EnvSpec:
-    """Makes the environment once, so that a mistake ends the run before it begins; raises UserError."""
-    env, step_seconds = make_env(env_id), 0.0
-    with suppress(Exception), time_limit(10):  # a fault inside a step is the run's to report
-        env.reset(seed=0)
-        start = time.perf_counter()
-        for _ in range(5):
-            env.step(np.zeros(env.action_space.shape, np.float32))
-        step_seconds = (time.perf_counter() - start) / 5
-    box = env.unwrapped.action_space
-    return EnvSpec(env.observation_space.shape[0], box.shape[0], box.low, box.high, step_seconds)
-
-
-class Step(NamedTuple):
-    """Answers of E environments. Where an episode ended, observations [E, O] already begin the next one, and
-    next_observations [E, O] are the last of the old one; rewards, terminations, truncations [E]."""
-
-    observations: np.ndarray
-    next_observations: np.ndarray
-    rewards: np.ndarray
-    terminations: np.ndarray
-    truncations: np.ndarray
-
-
-class VectorEnv:
-    """E environments behind send and receive, so that an update can run while they step; same-step autoreset.
-
-    Raises TrainingFault, naming the environment, when one dies, raises, hangs for timeout seconds or returns no number.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, parallel: bool, timeout: float):
-        gym.logger.min_level = gym.logger.ERROR + 1  # a worker's fault is reported once, by faults()
-        self.env_id, self.num_envs, self.parallel, self.timeout = env_id, num_envs, parallel, timeout
-        engine = gym.vector.AsyncVectorEnv if parallel else gym.vector.SyncVectorEnv
-        if parallel:
-            multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
-        with self.faults():
-            thunks = [partial(make_worker_env, env_id)] * num_envs
-            self.envs = engine(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-    def reset(self, seeds: list[int]) -> np.ndarray:
-        """Begins an episode everywhere: seeds [E] -> observations [E, O]."""
-        with self.faults():
-            if self.parallel:
-                self.envs.reset_async(seed=seeds)
-            observations, _ = self.envs.reset_wait(self.timeout) if self.parallel else self.envs.reset(seed=seeds)
-        self.check_finite(observations, np.zeros(self.num_envs))
-        return observations.copy()
-
-    def send(self, actions: np.ndarray) -> None:
-        """Hands out actions [E, A]; parallel environments step at once, the others in receive."""
-        if not np.isfinite(actions).all():  # not the environment's fault, though it would look like one
-            raise TrainingFault("the policy's action is not finite")
-        self.actions = actions
-        if self.parallel:
-            with self.faults():
-                self.envs.step_async(actions)
-
-    def receive(self) -> Step:
-        with self.faults():
-            answer = self.envs.step_wait(self.timeout) if self.parallel else self.envs.step(self.actions)
-        observations, rewards, terminations, truncations, infos = answer
-        self.check_finite(observations, rewards)
-        observations = next_observations = observations.copy()  # the engine's own array is overwritten by the next step
-        if "final_obs" in infos:
-            next_observations = observations.copy()
-            for index in np.flatnonzero(infos["_final_obs"]):
-                next_observations[index] = infos["final_obs"][index]
-            self.check_finite(next_observations, rewards)
-        return Step(observations, next_observations, rewards, terminations, truncations)
-
-    def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        finite = np.isfinite(observations).all(-1) & (np.abs(rewards) < 3e38)  # the replay holds float32
-        if not finite.all():
-            bad = f"environment {finite.argmin()} of {self.num_envs} ({self.env_id})"
-            raise TrainingFault(f"{bad}: observation or reward not finite")
-
-    @contextmanager
-    def faults(self) -> Iterator[None]:
-        try:
-            with time_limit(self.timeout * (1 + self.parallel)):  # the workers' own time-out comes first
-                yield
-        except (Exception, SystemExit) as error:
-            late = isinstance(error, multiprocessing.TimeoutError)
-            why = str(error) if isinstance(error, TrainingFault) else one_line(error)
-            why = f"no answer within {self.timeout:g} s (--env-timeout)" if late else why
-            culprits = []
-            if self.parallel and hasattr(self, "envs"):
-                time.sleep(0.1)  # a killed process closes its pipe just before it counts as dead
-                for index, (pipe, process) in enumerate(zip(self.envs.parent_pipes, self.envs.processes)):
-                    if pipe is None or not process.is_alive() or (late and not pipe.poll(0)):
-                        culprits.append(str(index))
-                    if not process.is_alive() and isinstance(error, (EOFError, OSError)):
-                        why = "its process died (killed, or out of memory)"
-            who = f"environment {', '.join(culprits)} of {self.num_envs}" if culprits else "environment"
-            raise TrainingFault(f"{who} ({self.env_id}): {why}") from None
-
-    def close(self) -> None:
-        """Ends the workers, also one that hangs."""
-        for process in self.envs.processes if self.parallel else ():
-            process.kill()
-            process.join()
-        self.envs.closed = True
-
-
-def make_vector_env(args: "Args", spec: EnvSpec, num_envs: int) -> VectorEnv:
-    """A process an environment where that is faster: it saves stepping time but costs a round trip of about 0.15 ms."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parallel = cores > 1 and spec.step_seconds * (1 - 1 / min(cores, num_envs + 1)) > 1.5e-4
-    parallel = parallel if args.vector_env == "auto" else args.vector_env == "async"
-    return VectorEnv(args.env_id, num_envs, parallel, args.env_timeout)
-
-
-def env_seeds(args: "Args", envs_per_seed: int, purpose: int, step: int) -> list[int]:
-    """[S * envs_per_seed] reset seeds, seed-major; seed k's depend on k alone, not on how many train beside it."""
-    pairs = itertools.product(range(args.seed, args.seed + args.num_seeds), range(envs_per_seed))
-    return [int(np.random.SeedSequence([*pair, purpose, step]).generate_state(1)[0] >> 1) for pair in pairs]
-
-
-# endregion
-
-
-# region linear
 class Linear(nn.Module):
-    """One linear layer for every member of a stack: weight [*stack, in, out], bias [*stack, 1, out].
-
-    x [*stack, B, in], or broadcastable to it, -> x @ weight + bias [*stack, B, out], as one batched product.
-    """
+    """One linear layer for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
 
     def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int):
         super().__init__()
-        try:
-            self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features))
-            self.bias = nn.Parameter(torch.empty(*stack, 1, out_features))
-        except RuntimeError:
-            raise UserError("the networks do not fit into memory: lower --hidden-sizes or --num-seeds") from None
         bound = in_features**-0.5  # as nn.Linear
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        self.weight = nn.Parameter(torch.empty(*stack, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, members: slice = slice(None)) -> Tensor:
-        """members picks along the last stack axis: slice(1) is the first twin alone."""
-        return affine(x, self.weight[..., members, :, :], self.bias[..., members, :, :])
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight, self.bias)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias. For few columns MKL takes four times as long as for as few rows, for a single column seven times."""
+    """x @ weight + bias, as one batched product."""
     stack, (in_features, out_features) = weight.shape[:-2], weight.shape[-2:]
-    if out_features == 1:
+    if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
         return (x * weight.mT).sum(-1, keepdim=True) + bias
     x, weight, bias = x.expand(*stack, *x.shape[-2:]).flatten(0, -3), weight.flatten(0, -3), bias.flatten(0, -3)
-    if 2 * out_features < in_features:
+    if 2 * out_features < in_features:  # and few columns four times as long as so many rows
         return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
     return torch.baddbmm(bias, x, weight).unflatten(0, stack)
-
-
-def seed_parameters(network: nn.Module, seeds: range) -> None:
-    """Redraws the layers so that seed k's initial weights depend on it alone, not on how many train beside it."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for layer in network.modules():
-        for parameter in layer.parameters() if isinstance(layer, Linear) else ():
-            bound = layer.weight.shape[-2] ** -0.5
-            for member, generator in zip(parameter.data, generators):
-                member.uniform_(-bound, bound, generator=generator)
-
-
-def set_gradients(loss: Tensor, network: nn.Module) -> None:
-    """The gradients of loss [S] for the optimiser of network, which no other network gets; unlike backward(), it compiles."""
-    parameters = list(network.parameters())
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)  # a sum over seeds: no term couples two of them
-    for parameter, gradient in zip(parameters, gradients):  # contiguous: Adam's fused CPU kernel does not look at strides
-        parameter.grad = None if gradient is None else gradient.contiguous()
-
-
-@torch.no_grad()
-def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online, parameter by parameter."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-def gradient_norm(network: nn.Module) -> Tensor:
-    """Norm of the parameters' gradient, one number a seed: [S]."""
-    return sum(parameter.grad.flatten(1).square().sum(1) for parameter in network.parameters()).sqrt()
-
-
-def keep_freed_memory() -> None:
-    """Stops glibc from returning freed activations to the kernel: the page faults cost up to half of an update on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, size in ((-3, 2**30), (-1, 2**31 - 1)) if mallopt else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, size)
-
-
-# endregion
 
 
 class RunningNormalizer(nn.Module):
     """Mean and variance [S, 1, W] of all rows that a seed has seen; forward scales rows [S, B, W] by them, within +-10."""
 
-    def __init__(self, num_seeds: int, width: int):
+    def __init__(self, S: int, width: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(num_seeds, 1, width, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(num_seeds, 1, width, dtype=torch.float64))
-        self.register_buffer("count", torch.full((num_seeds, 1, 1), 1e-4, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(S, 1, width, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(S, 1, width, dtype=torch.float64))
+        self.register_buffer("count", torch.full((S, 1, 1), 1e-4, dtype=torch.float64))
 
     def update(self, rows: Tensor) -> None:
         """Takes in rows [S, B, W] (Chan et al. 1979: mean and variance of the union of two sets)."""
@@ -472,35 +207,36 @@ class RunningNormalizer(nn.Module):
 
 
 class Network(nn.Module):
-    """A tanh network for each seed: [S, B, in] -> [S, B, out]; orthogonal initial weights, the last layer's times last_gain."""
+    """Two tanh layers of 64, orthogonal initial weights: [S, B, in] -> [S, B, out]."""
 
-    def __init__(self, seeds: range, in_features: int, out_features: int, last_gain: float, args: Args):
+    def __init__(self, S: int, in_features: int, out_features: int, last_gain: float):
         super().__init__()
-        sizes = [in_features, *args.hidden_sizes, out_features]
-        self.layers = nn.ModuleList(Linear((len(seeds),), *size) for size in itertools.pairwise(sizes))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # seed k's weights depend on it alone
-        for layer in self.layers:
+        self.fc1 = Linear((S,), in_features, 64)
+        self.fc2 = Linear((S,), 64, 64)
+        self.fc_out = Linear((S,), 64, out_features)
+        for layer, gain in ((self.fc1, 2**0.5), (self.fc2, 2**0.5), (self.fc_out, last_gain)):
             nn.init.zeros_(layer.bias)
-            for weight, generator in zip(layer.weight.data, generators):
-                nn.init.orthogonal_(weight, last_gain if layer is self.layers[-1] else 2**0.5, generator)
+            for weight in layer.weight.data:
+                nn.init.orthogonal_(weight, gain)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            hidden = torch.tanh(layer(hidden))
-        return self.layers[-1](hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_out(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
 
 
-class Actor(Network):
-    """The policy: normalised observations [S, B, O] -> mean [S, B, A] of a Gaussian whose standard deviation is no function
-    of the state. The statistics of the observations are with it, so that it can act alone."""
+class Actor(nn.Module):
+    """A Gaussian whose deviation is no function of the state; with the observations' statistics, so that it can act alone."""
 
-    def __init__(self, seeds: range, observation_dim: int, action_dim: int, args: Args):
-        super().__init__(seeds, observation_dim, action_dim, 0.01, args)
-        self.log_std = nn.Parameter(torch.zeros(len(seeds), 1, action_dim))
-        self.observation_normalizer = RunningNormalizer(len(seeds), observation_dim)
+    def __init__(self, S: int, O: int, A: int):
+        super().__init__()
+        self.normalizer, self.network = RunningNormalizer(S, O), Network(S, O, A, 0.01)
+        self.log_std = nn.Parameter(torch.zeros(S, 1, A))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """observations [S, B, O] -> mean [S, B, A]; the deterministic action is that, clipped."""
+        return self.network(self.normalizer(observations))
 
     def log_prob(self, mean: Tensor, actions: Tensor) -> Tensor:
-        """log N(actions; mean, std), summed over A: [S, B]."""
+        """log N(actions; mean, std) of [S, B, A], summed over A: [S, B]."""
         scaled = (actions - mean) / self.log_std.exp()
         return (-0.5 * scaled.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -512,8 +248,8 @@ class Actor(Network):
 class Critic(Network):
     """The value of a state: normalised observations [S, B, O] -> [S, B]."""
 
-    def __init__(self, seeds: range, observation_dim: int, args: Args):
-        super().__init__(seeds, observation_dim, 1, 1.0, args)
+    def __init__(self, S: int, O: int, A: int):
+        super().__init__(S, O, 1, 1.0)
 
     def forward(self, observations: Tensor) -> Tensor:
         return super().forward(observations).squeeze(-1)
@@ -521,10 +257,10 @@ class Critic(Network):
 
 def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, ends: Tensor,
         gamma: float, gae_lambda: float) -> Tensor:  # fmt: skip
-    """Generalised advantages A_t = delta_t + gamma lambda (1 - end_t) A_{t+1} -> [S, T, N] (Schulman et al. 2016, equation 16).
+    """Generalised advantages A_t = delta_t + gamma lambda (1 - end_t) A_{t+1}: [S, T, N] (Schulman et al. 2016, equation 16).
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t). values V(s_t), next_values V(s'_t), where s' is the last
-    observation of its own episode; ends (terminated or truncated) cut the sum. All [S, T, N].
+    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t), s' the last observation of its own episode; ends (terminated or
+    truncated) cut the sum. All [S, T, N].
     """
     deltas = rewards + gamma * (1 - terminations) * next_values - values
     advantages, following = torch.empty_like(deltas), 0.0
@@ -546,349 +282,166 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).mean(-1)
 
 
-def clip_gradients(networks: nn.Module, max_norm: float) -> None:
+def clip_gradients(parameters: list[Tensor], max_norm: float) -> None:
     """Scales each seed's gradient down to the norm max_norm, whatever the other seeds' are."""
-    factor = (max_norm / (gradient_norm(networks) + 1e-6)).clamp(max=1)
-    for parameter in networks.parameters():
-        parameter.grad *= factor.view(-1, *[1] * (parameter.dim() - 1))
+    norm = sum(p.grad.flatten(1).square().sum(1) for p in parameters).sqrt()
+    for p in parameters:
+        p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1).view(-1, *[1] * (p.dim() - 1))
 
 
-# region evaluation
 def smoothness(actions: np.ndarray) -> float:
-    """How much an episode's actions [T, A], in environment units, oscillate; lower is smoother (Mysore et al. 2021, CAPS).
+    """How much actions [T, A] oscillate: mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T; lower is smoother (CAPS, 2021)."""
+    T = len(actions)
+    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]
+    return float((2 / T * (np.arange(T // 2) / T) @ spectrum).mean())
 
-    2 / T sum_k f_k |FFT(actions)|_k over the first T // 2 bins, f_k = k / T cycles a step, mean over A; 0 if T < 2.
+
+EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
+
+
+def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[tuple]:
+    """An episode of the deterministic policy in each environment: rows of EVAL_COLUMNS, none if told to stop meanwhile.
+
+    Smoothness, and fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are of actions in box, the environment's own units.
     """
-    length = len(actions)
-    if length < 2:
-        return 0.0
-    magnitudes = np.abs(np.fft.rfft(np.asarray(actions, np.float64), axis=0))[: length // 2]
-    return float(np.mean(2 / length * (np.arange(length // 2) / length) @ magnitudes))
-
-
-class Episode(NamedTuple):
-    """A row of eval.csv."""
-
-    step: int
-    transitions: int
-    seed: int
-    episode: int
-    episodic_return: float
-    length: int
-    smoothness: float
-
-
-@torch.no_grad()
-def evaluate(policy: Callable, envs: VectorEnv, spec: EnvSpec, args: "Args", step: int, stop: Callable) -> list[Episode]:
-    """One episode of the deterministic policy in each of the S * eval_episodes environments, each with a seed of its own.
-
-    policy: observations [S, eval_episodes, O] -> actions [S, eval_episodes, A]. Empty if stop() turned true on the way.
-    """
-    observations = envs.reset(env_seeds(args, args.eval_episodes, 1, step))
+    seeds = np.random.SeedSequence([args.seed, step, 1]).generate_state(envs.num_envs)  # those of training have 0 for the 1
+    observations, _ = envs.reset(seed=seeds.tolist())
     running, returns, lengths = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
-    taken = []
-    while running.any():
-        if stop():
-            return []
-        batch = torch.from_numpy(observations).view(args.num_seeds, args.eval_episodes, -1)
-        taken.append(policy(batch).cpu().numpy().reshape(envs.num_envs, -1))
-        envs.send(taken[-1])
-        answer = envs.receive()
-        returns += answer.rewards * running
+    actions = []
+    while running.any() and not STOP:
+        actions.append(policy(observations))
+        envs.step_async(actions[-1])
+        observations, rewards, terminations, truncations, _ = envs.step_wait(timeout=300)
+        returns += rewards * running
         lengths += running
-        running &= ~(answer.terminations | answer.truncations)
-        observations = answer.observations
-    actions = spec.action_low + (np.stack(taken) + 1) / 2 * (spec.action_high - spec.action_low)  # [T, E, A]
-    episodes = []
-    for index, length in enumerate(lengths):
-        seed, episode = divmod(index, args.eval_episodes)
-        result = float(returns[index]), int(length), smoothness(actions[:length, index])
-        episodes.append(Episode(step, step * args.num_envs, args.seed + seed, episode, *result))
-    return episodes
-
-
-@torch.no_grad()
-def record_video(policy: Callable, args: "Args", folder: Path, step: int) -> Path:
-    """An mp4 of one episode of the first seed's deterministic policy; raises TrainingFault where nothing can render."""
-    try:
-        env = make_env(args.env_id, render_mode="rgb_array")
-        fps = round(1 / env.unwrapped.dt) if hasattr(env.unwrapped, "dt") else env.metadata.get("render_fps", 30)
-        name = f"step_{step:09d}"
-        env = gym.wrappers.RecordVideo(env, str(folder), lambda _: True, name_prefix=name, fps=fps, disable_logger=True)
-        (observation, _), done = env.reset(seed=env_seeds(args, 1, 2, step)[0]), False
-        while not done:
-            batch = torch.from_numpy(observation).expand(args.num_seeds, 1, -1)
-            observation, _, terminated, truncated, _ = env.step(policy(batch)[0, 0].cpu().numpy())
-            done = terminated or truncated
-        env.close()
-        return max(folder.glob(f"{name}*.mp4"))
-    except Exception as error:
-        hint = "without a display, the environment variable MUJOCO_GL chooses between egl and osmesa"
-        raise TrainingFault(f"--capture-video failed: {one_line(error)} ({hint})") from None
-
-
-# endregion
-
-
-# region run
-CHECKPOINT_VERSION = 1
+        running &= ~(terminations | truncations)
+    rows = []
+    for index in range(0 if STOP else envs.num_envs):
+        (seed, episode), T = divmod(index, args.eval_episodes), int(lengths[index])
+        taken = box.low + (np.stack([a[index] for a in actions[:T]]) + 1) / 2 * (box.high - box.low)  # [T, A]
+        fluctuation = float(np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T)
+        row = (step, step * args.num_envs, args.seed + seed, episode, float(returns[index]), T, smoothness(taken), fluctuation)
+        rows.append(row)
+    return rows
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """write(binary file): readers of path see the old file or the new one, whole. TrainingFault if the disk refuses."""
+    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole. write(binary file)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
+    """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
+    if not all(p.isfinite().all() for module in state.values() if isinstance(module, nn.Module) for p in module.parameters()):
+        sys.exit(f"step {step}: a network is not finite; the checkpoint in {folder} is from before")
+    states = {name: module.state_dict() for name, module in state.items()}
+    write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
+    if replay:
+        rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
+        write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
+
+
+def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]]:
+    """Restores what save_checkpoint saved, without running code from the files; returns the step and the evaluated episodes."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise TrainingFault(f"cannot write {path}: {one_line(error)}") from None
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+        for name, module in state.items():
+            if "param_groups" in saved[name]:  # this run's learning rate and device
+                saved[name]["param_groups"] = module.state_dict()["param_groups"]
+            module.load_state_dict(saved[name])
+        if replay and (folder / "replay.pt").exists():
+            stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
+            replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
+            replay.steps = stored["steps"]
+            replay.filled.fill_(stored["rows"].shape[1] * replay.rows.shape[2])
+        return saved["step"], saved["episodes"]
+    except Exception as error:  # torch.load has half a dozen for a damaged file
+        fail(f"--resume {folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def save_checkpoint(folder: Path, step: int, modules: dict, replay: ReplayBuffer | None) -> None:
-    """Writes replay.pt, then checkpoint.pt; a kill between the two leaves a replay slightly ahead, which does no harm.
+def start_log(folder: Path, args: Args, step: int) -> Callable:
+    """log(step, scalars): to TensorBoard, the terminal and, with --track, Weights & Biases. charts/SPS counts vector steps."""
+    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
+    write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
+    writer.add_text("hyperparameters", f"    {arguments}".replace("\n", "\n    "))
+    if args.track:
+        import wandb
 
-    modules: {name: network or optimiser}. Raises TrainingFault, the old files untouched, if one holds a number that is not
-    finite; Adam's moments overflow before the parameters do.
-    """
-    for name, module in modules.items():
-        states = [module.state_dict()] if isinstance(module, nn.Module) else module.state.values()
-        if not all(torch.isfinite(tensor).all() for state in states for tensor in state.values()):
-            raise TrainingFault(f"{name} is not finite")
-    if replay is not None:
-        write_atomically(folder / "replay.pt", partial(torch.save, replay.state_dict()))
-    state = {"version": CHECKPOINT_VERSION, "step": step, "cpu_generator": torch.get_rng_state()}
-    state["cuda_generator"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    state["modules"] = {name: module.state_dict() for name, module in modules.items()}
-    write_atomically(folder / "checkpoint.pt", partial(torch.save, state))
+        identity = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
+        group = f"{args.env_id}__{args.exp_name}"
+        wandb.init(**identity, group=group, resume="allow", config=asdict(args), save_code=True)
+        wandb.define_metric("*", step_metric="global_step")
+    print(folder, flush=True)
+    shown, last = {}, [step, time.perf_counter()]
 
-
-def load_checkpoint(folder: Path, modules: dict, replay: ReplayBuffer | None, device: torch.device) -> int:
-    """Restores modules, replay and generators; returns the step.
-
-    Raises UserError for a file that is missing, truncated, of another version or other shapes, or that would run code.
-    """
-    afresh = "start again without --resume (policies/ still holds the evaluated policies)"
-    path = folder / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"version {state['version']}, this script reads {CHECKPOINT_VERSION}")
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        torch.set_rng_state(state["cpu_generator"].cpu())
-        if device.type == "cuda" and state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"].cpu())
-        path = folder / "replay.pt"
-        if replay is not None and path.exists():
-            replay.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        return state["step"]
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no checkpoint: {afresh}") from None
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or does not fit ({one_line(error)}): {afresh}") from None
-
-
-def read_run_args(folder: Path) -> dict:
-    """The arguments of the run in folder; raises UserError if it is no run, or another script's."""
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        script = saved.pop("script")
-        if script != Path(__file__).stem:
-            raise UserError(f"--resume {folder}: that run was made by {script}.py, not by {Path(__file__).name}")
-        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        return dataclasses.asdict(Args(**{**saved, "resume": str(folder)}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {folder}: no run of this script ({one_line(error)})") from None
-
-
-def make_run_folder(args: "Args") -> Path:
-    """runs/{env_id}__{exp_name}__{seed}__{timestamp}, a new one also when another run starts in the same second."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        for suffix in itertools.count() if not args.resume else ():
-            folder = Path("runs", f"{name}_{suffix}" if suffix else name)
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-        folder = Path(args.resume) if args.resume else folder
-        (folder / "policies").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run's folder: {one_line(error)}") from None
-    text = json.dumps({"script": Path(__file__).stem, **dataclasses.asdict(args), "resume": None}, indent=2)
-    write_atomically(folder / "args.json", lambda file: file.write(text.encode()))
-    return folder
-
-
-def read_episodes(folder: Path, last_step: int) -> list[Episode]:
-    """The rows of eval.csv up to the checkpoint's step; what came after it is evaluated again."""
-    if not (folder / "eval.csv").exists():
-        return []
-    kinds = Episode.__annotations__.values()
-    try:
-        rows = list(csv.reader((folder / "eval.csv").read_text().splitlines()))[1:]
-        episodes = [Episode(*(kind(cell) for kind, cell in zip(kinds, row))) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'eval.csv'} is damaged ({one_line(error)}): repair it, or move it away") from None
-    return [episode for episode in episodes if episode.step <= last_step]
-
-
-def write_episodes(folder: Path, episodes: list[Episode]) -> None:
-    rows = [[name.removeprefix("episodic_") for name in Episode._fields], *episodes]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
-
-
-class StopRequest:
-    """stop() is true after SIGINT or SIGTERM; a second signal ends the process at once, the last checkpoint intact.
-
-    Within half a second it is no second one: uv run, for one, forwards the Ctrl-C that the terminal has sent to both.
-    """
-
-    def __init__(self):
-        self.requested_at = math.inf
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def __call__(self) -> bool:
-        return self.requested_at < math.inf
-
-    def handle(self, number: int, _) -> None:
-        if time.monotonic() > self.requested_at + 0.5:
-            kill_workers()
-            os._exit(128 + number)
-        if self():
-            return
-        self.requested_at = time.monotonic()
-        with suppress(OSError):  # os.write, for the signal may come in the middle of a print
-            os.write(2, b"\nstopping: saving the run (a second signal stops at once)\n")
-
-
-class Logger:
-    """TensorBoard, wandb with --track, and a progress bar (plain lines where the output is no terminal)."""
-
-    def __init__(self, args: "Args", folder: Path, step: int):
-        self.total, self.shown, self.last, self.wandb = args.total_timesteps, {}, (step, time.perf_counter()), None
-        # the writer's thread prints its faults; flush() raises them, here
-        threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)  # step itself is not repeated
-        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value!r}" for key, value in vars(args).items()))
-        self.bar = tqdm(total=self.total, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def log(step: int, scalars: dict[str, float]) -> None:
+        if step > last[0]:
+            speed = (step - last[0]) / (time.perf_counter() - last[1])
+            scalars |= {"charts/SPS": speed, "charts/transitions": step * args.num_envs}
+        last[:] = step, time.perf_counter()
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
         if args.track:
-            import wandb
+            wandb.log({**scalars, "global_step": step})
+        shown.update({name: f"{value:.4g}" for name, value in scalars.items() if name.startswith(("eval/", "charts/SPS"))})
+        print(f"step {step}/{args.total_timesteps}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
 
-            identity = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
-            self.wandb = wandb
-            wandb.init(**identity, resume="allow", config=vars(args), dir=str(folder), save_code=True)
-
-    def log(self, step: int, scalars: dict[str, float], video: Path | None = None) -> None:
-        """Writes the scalars and shows eval/*, the step and charts/SPS, vector steps a second since the last call."""
-        now, (last_step, last_time) = time.perf_counter(), self.last
-        if step > last_step:
-            scalars = {**scalars, "charts/SPS": (step - last_step) / (now - last_time)}
-        self.last = step, now
-        try:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()  # nothing logged is lost with a killed run, and a full disk shows here
-        except OSError as error:
-            raise TrainingFault(f"cannot write TensorBoard's events: {one_line(error)}") from None
-        if self.wandb:
-            media = {"videos/eval": self.wandb.Video(str(video), format="mp4")} if video else {}
-            self.wandb.log({**scalars, **media}, step=step)
-        for name in ("charts/SPS", "eval/return", "eval/smoothness"):
-            if name in scalars:
-                self.shown[name.split("/")[1]] = f"{scalars[name]:.4g}"
-        if self.bar.disable:
-            with suppress(BrokenPipeError):  # Ctrl-C ends the tee of python ... | tee too; the run is to be saved
-                print(f"step {step}/{self.total}", *(f"{name} {value}" for name, value in self.shown.items()), flush=True)
-        else:
-            self.bar.set_postfix(self.shown, refresh=False)
-            self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+    return log
 
 
-def resume_command(folder: Path) -> str:
-    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+STOP = []  # when SIGINT or SIGTERM asked to save and stop
 
 
-@contextmanager
-def guarded(folder: Path, progress: Callable, *envs: VectorEnv) -> Iterator[None]:
-    """Ends the environments however the run ends; for a fault, says in one line what it was and how to go on.
-
-    progress() -> (step, metrics of the last update): a loss that is not finite is the cause of whatever else went wrong.
-    """
-    try:
-        yield
-    except (TrainingFault, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
-            raise  # PyTorch has no type of its own for a CPU that is out of memory
-        step, metrics = progress()
-        what = str(error) if isinstance(error, TrainingFault) else one_line(error)
-        if isinstance(error, TrainingFault):
-            losses = [name for name, value in metrics.items() if not value.isfinite().all()]
-            what = f"{losses[0]} is not finite ({what})" if losses and losses[0] not in what else what
-        if "is not finite" in what:
-            with suppress(OSError, TrainingFault):
-                last = (folder / "checkpoint.pt").read_bytes()
-                write_atomically(folder / "checkpoint_last_finite.pt", lambda file: file.write(last))
-                what += "; checkpoint_last_finite.pt is from before"
-        script = Path(__file__).name
-        print(f"{script}: step {step}: {what}. Go on from the last checkpoint: {resume_command(folder)}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        for vector_env in envs:
-            vector_env.close()
-
-
-# endregion
+def request_stop(number: int, _) -> None:
+    if STOP and time.monotonic() > STOP[0] + 1:  # sooner it is the same request: uv forwards what the terminal sent to both
+        os._exit(128 + number)
+    STOP.append(time.monotonic())
+    os.write(2, b"\nsaving, then stopping; again to stop at once\n")
 
 
 def train(args: Args) -> None:
-    if args.num_steps * args.num_envs < 2 * args.num_minibatches:
-        raise UserError(f"--num-minibatches must be at most half of --num-steps times --num-envs, not {args.num_minibatches}")
-    spec = read_env_spec(args.env_id)
-    use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if use_cuda else "cpu")
-    torch.set_num_threads(args.num_threads)
-    keep_freed_memory()
-    torch.manual_seed(args.seed)
     S, N = args.num_seeds, args.num_envs
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - S * N + 1)))  # the environments want the other cores
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered here
+    try:
+        env = make_env(args.env_id)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
 
-    seeds = range(args.seed, args.seed + S)
-    actor = Actor(seeds, spec.observation_dim, spec.action_dim, args).to(device)
-    critic = Critic(seeds, spec.observation_dim, args).to(device)
-    reward_normalizer = RunningNormalizer(S, 1).to(device)
-    networks = nn.ModuleList([actor, critic])
-    optimizer = torch.optim.Adam(networks.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    modules = {"actor": actor, "critic": critic, "optimizer": optimizer, "reward_normalizer": reward_normalizer}
-    widths = {"observations": spec.observation_dim, "actions": spec.action_dim, "next_observations": spec.observation_dim}
-    rollout = {name: torch.zeros(S, args.num_steps, N, width, device=device) for name, width in widths.items()}
-    numbers = ("log_probs", "values", "rewards", "terminations", "ends")
-    rollout |= {name: torch.zeros(S, args.num_steps, N, device=device) for name in numbers}
-    seed_axis = torch.arange(S, device=device).unsqueeze(-1)
+    torch.manual_seed(args.seed)
+    actor, critic, reward_normalizer = Actor(S, O, A).to(device), Critic(S, O, A).to(device), RunningNormalizer(S, 1).to(device)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
+    state = {"actor": actor, "critic": critic, "optimizer": optimizer, "reward_normalizer": reward_normalizer}
+    rollout = {"observations": O, "actions": A, "next_observations": O}
+    rollout |= dict.fromkeys(("log_probs", "values", "rewards", "terminations", "ends"), 1)
+    rollout = {name: torch.zeros(S, args.num_steps, N, width, device=device) for name, width in rollout.items()}
 
     def update() -> dict[str, Tensor]:
         """Learns from the full rollout."""
+        numbers = {name: rollout[name].squeeze(-1) for name in ("rewards", "values", "terminations", "ends")}
         with torch.no_grad():
-            next_values = critic(rollout["next_observations"].flatten(1, 2)).view_as(rollout["values"])
-            outcome = rollout["terminations"], rollout["ends"]
-            advantages = gae(rollout["rewards"], rollout["values"], next_values, *outcome, args.gamma, args.gae_lambda)
-        rows = {name: rollout[name].flatten(1, 2) for name in ("observations", "actions", "log_probs", "values")}
-        rows |= {"advantages": advantages.flatten(1, 2), "returns": (advantages + rollout["values"]).flatten(1, 2)}
+            numbers["next_values"] = critic(rollout["next_observations"].flatten(1, 2)).view(S, args.num_steps, N)
+            advantages = gae(**numbers, gamma=args.gamma, gae_lambda=args.gae_lambda)
+        rows = {name: rollout[name].flatten(1, 2) for name in ("observations", "actions")}
+        rows |= {name: rollout[name].flatten(1) for name in ("log_probs", "values")}
+        rows |= {"advantages": advantages.flatten(1), "returns": (advantages + numbers["values"]).flatten(1)}
         for _ in range(args.update_epochs):
-            order = torch.rand(rows["values"].shape, device=device).argsort(-1)
+            order = torch.rand(S, args.num_steps * N, device=device).argsort(-1)
             for index in order.tensor_split(args.num_minibatches, -1):
-                batch = {name: column[seed_axis, index] for name, column in rows.items()}  # [S, M, ...]
-                log_ratio = actor.log_prob(actor(batch["observations"]), batch["actions"]) - batch["log_probs"]
+                batch = {name: column[torch.arange(S, device=device)[:, None], index] for name, column in rows.items()}
+                log_ratio = actor.log_prob(actor.network(batch["observations"]), batch["actions"]) - batch["log_probs"]
                 values, advantages = critic(batch["observations"]), batch["advantages"]
                 if args.norm_adv:
                     advantages = (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
@@ -896,8 +449,8 @@ def train(args: Args) -> None:
                 v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else math.inf)
                 loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
                 optimizer.zero_grad()
-                loss.sum().backward()  # a sum over seeds: no term couples two of them
-                clip_gradients(networks, args.max_grad_norm)
+                loss.sum().backward()  # no term couples two seeds
+                clip_gradients(parameters, args.max_grad_norm)
                 optimizer.step()
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
         losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean(-1)  # http://joschu.net/blog/kl-approx.html
@@ -906,96 +459,91 @@ def train(args: Args) -> None:
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
-    def policy(observations: Tensor) -> Tensor:
-        return actor(actor.observation_normalizer(observations.to(device))).clamp(-1, 1)
+    def policy(observations: np.ndarray) -> np.ndarray:
+        """observations [S * E, O] -> actions [S * E, A]."""
+        return actor(torch.from_numpy(observations).unflatten(0, (S, -1)).to(device)).clamp(-1, 1).flatten(0, 1).cpu().numpy()
 
     @torch.no_grad()
-    def explore(observations: Tensor) -> dict[str, Tensor]:
-        """The rollout's columns of a step; the actions are a sample of the Gaussian, not yet clipped."""
-        actor.observation_normalizer.update(observations)
-        observations = actor.observation_normalizer(observations)
-        mean = actor(observations)
+    def explore(observations: np.ndarray) -> dict[str, Tensor]:
+        """A step's columns of the rollout; the actions are a sample of the Gaussian, not yet clipped."""
+        observations = torch.from_numpy(observations).unflatten(0, (S, N)).to(device)
+        actor.normalizer.update(observations)
+        observations = actor.normalizer(observations)
+        mean = actor.network(observations)
         actions = mean + actor.log_std.exp() * torch.randn_like(mean)
-        columns = {"observations": observations, "actions": actions, "values": critic(observations)}
-        return {**columns, "log_probs": actor.log_prob(mean, actions)}
+        log_probs, values = actor.log_prob(mean, actions).unsqueeze(-1), critic(observations).unsqueeze(-1)
+        return {"observations": observations, "actions": actions, "log_probs": log_probs, "values": values}
 
-    step = load_checkpoint(Path(args.resume), modules, None, device) if args.resume else 0
-    envs, eval_envs = make_vector_env(args, spec, S * N), make_vector_env(args, spec, S * args.eval_episodes)
-    folder = make_run_folder(args)
-    stop, metrics = StopRequest(), {}
-    save = partial(save_checkpoint, folder, modules=modules, replay=None)
+    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    step, episodes = load_checkpoint(folder, state, None) if args.resume else (0, [])
+    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
+    envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    log = start_log(folder, args, step)
 
-    with guarded(folder, lambda: (step, metrics), envs, eval_envs):
-        logger, episodes = Logger(args, folder, step), read_episodes(folder, step)
-        if not args.resume:
-            save(step)
-        observations = envs.reset(env_seeds(args, N, 0, step))
-        episode_returns, episode_lengths, finished = np.zeros(S * N), np.zeros(S * N), []
-        saved_at = time.perf_counter()
-        discounted_returns = torch.zeros(S, N, device=device)  # of each episode so far: their spread is the rewards' scale
-        row = 0  # of the rollout
-        while True:
-            due = step % args.eval_every == 0 or step == args.total_timesteps
-            if due and not (episodes and episodes[-1].step == step):
-                if new := evaluate(policy, eval_envs, spec, args, step, stop):
-                    episodes += new
-                    small = {name: modules[name].state_dict() for name in ("actor", "critic")}
-                    write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, small))
-                    write_episodes(folder, episodes)
-                    video = record_video(policy, args, folder / "videos", step) if args.capture_video else None
-                    scores = np.mean([(episode.episodic_return, episode.smoothness) for episode in new], 0)
-                    logger.log(step, dict(zip(("eval/return", "eval/smoothness"), scores)), video)
-            if stop() or step >= args.total_timesteps:
-                break
-            if time.perf_counter() - saved_at > args.checkpoint_seconds:
-                save(step)
-                saved_at = time.perf_counter()
+    observations, _ = envs.reset(seed=np.random.SeedSequence([args.seed, step, 0]).generate_state(S * N).tolist())
+    episode_returns, finished, metrics = np.zeros(S * N), [], {}
+    discounted_returns = torch.zeros(S, N, 1, device=device)  # of each episode so far: their spread is the rewards' scale
+    row = 0  # of the rollout; a resumed run begins a new one
+    while True:
+        at_end = step >= args.total_timesteps
+        if (step % args.eval_every == 0 or at_end) and not (episodes and episodes[-1][0] == step):
+            if rows := evaluate(policy, eval_envs, args, step, action_box):
+                episodes += rows
+                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
+                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
+                networks = {"actor": actor.state_dict(), "critic": critic.state_dict()}
+                write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, networks))
+                means = np.mean(rows, 0)
+                log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
+        if step % args.save_every == 0 or at_end or STOP:
+            save_checkpoint(folder, step, state, episodes, None)
+        if at_end or STOP:
+            break
 
-            columns = explore(torch.from_numpy(observations).to(device).view(S, N, -1))
-            envs.send(columns["actions"].clamp(-1, 1).flatten(0, 1).cpu().numpy())
-            answer = envs.receive()
-            outcome = answer.next_observations, answer.rewards, answer.terminations, answer.terminations | answer.truncations
-            next_observations, rewards, terminations, ends = (
-                torch.as_tensor(part, dtype=torch.float32, device=device).view(S, N, *part.shape[1:]) for part in outcome
-            )
-            discounted_returns = discounted_returns * args.gamma * (1 - terminations) + rewards
-            reward_normalizer.update(discounted_returns.unsqueeze(-1))
-            columns["next_observations"] = actor.observation_normalizer(next_observations)
-            columns["rewards"] = (rewards / reward_normalizer.scale().squeeze(-1)).clamp(-10, 10)
-            for name, column in {**columns, "terminations": terminations, "ends": ends}.items():
-                rollout[name][:, row] = column
-            observations = answer.observations
-            step, row = step + 1, (row + 1) % args.num_steps
-            if row == 0:
-                left = 1 - (step - args.num_steps) / args.total_timesteps
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
-                metrics |= update()
+        columns = explore(observations)
+        envs.step_async(columns["actions"].clamp(-1, 1).flatten(0, 1).cpu().numpy())
+        next_observations, rewards, terminations, truncations, infos = envs.step_wait(timeout=300)
+        done, final_observations = terminations | truncations, next_observations.copy()
+        if done.any():  # there next_observations already begin the next episode
+            final_observations[done] = np.stack(infos["final_obs"][done])
+        if not (np.isfinite(final_observations).all() and np.isfinite(rewards).all()):
+            sys.exit("an environment returned a number that is not finite")
+        outcome = {"next_observations": final_observations, "rewards": rewards, "terminations": terminations, "ends": done}
+        for name, column in outcome.items():
+            columns[name] = torch.as_tensor(column, dtype=torch.float32, device=device).reshape(S, N, -1)
+        discounted_returns = discounted_returns * args.gamma * (1 - columns["terminations"]) + columns["rewards"]
+        reward_normalizer.update(discounted_returns)
+        columns["rewards"] = (columns["rewards"] / reward_normalizer.scale()).clamp(-10, 10)
+        columns["next_observations"] = actor.normalizer(columns["next_observations"])
+        for name, column in columns.items():
+            rollout[name][:, row] = column
+        observations = next_observations
+        step, row = step + 1, (row + 1) % args.num_steps
+        if row == 0:
+            share_left = 1 - (step - args.num_steps) / args.total_timesteps
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (share_left if args.anneal_lr else 1)
+            metrics |= update()
 
-            episode_returns += answer.rewards
-            episode_lengths += 1
-            done = answer.terminations | answer.truncations
-            finished += zip(episode_returns[done], episode_lengths[done])
-            episode_returns[done] = episode_lengths[done] = 0
-            if step % args.log_every == 0:
-                scalars = {name: value.mean().item() for name, value in metrics.items()}
-                for name, value in scalars.items():
-                    if not math.isfinite(value):
-                        raise TrainingFault(f"{name} is not finite")
-                if finished:
-                    means = np.mean(finished, 0)
-                    scalars |= {"charts/episodic_return": means[0], "charts/episodic_length": means[1]}
-                    finished.clear()
-                scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-                logger.log(step, {**scalars, "charts/transitions": step * N})
-        save(step)
-        logger.close()
-    how = "finished" if step >= args.total_timesteps else f"stopped at step {step}, go on with: {resume_command(folder)}"
-    print(f"{folder}: {how}")
+        episode_returns += rewards
+        finished += list(episode_returns[done])
+        episode_returns[done] = 0
+        if step % args.log_every == 0:
+            scalars = {name: metric.mean().item() for name, metric in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
+                sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
+            log(step, scalars | ({"charts/episodic_return": np.mean(finished)} if finished else {}))
+            finished = []
+    envs.close()
+    eval_envs.close()
+    if STOP:
+        print(f"stopped at step {step}; go on with: python {sys.argv[0]} --resume {folder}")
 
 
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (UserError, TrainingFault) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:  # workers ignore SIGTERM: whatever ends the run, none outlives it
+        for worker in multiprocessing.active_children():
+            worker.kill()

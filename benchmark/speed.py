@@ -1,269 +1,174 @@
-"""How fast: our TD3 and SAC against stable-baselines3 (PyTorch) and sbx-rl (JAX), and what S, K and N cost.
+"""How fast: vector steps a second of whole training processes, ours beside the peers', on the same cores and in turns.
 
-    python benchmark/speed.py                        # CPU, and CUDA where there is one -> report/speed.csv, figures/speed.png
-    python benchmark/speed.py --steps 500 --repeats 1 --studies libraries
+    python benchmark/speed.py --cores 1                    # TD3 and SAC: ours, stable-baselines3, sbx-rl (JAX)
+    python benchmark/speed.py --cores 2 --peers FOLDER     # and CleanRL's and LeanRL's scripts in FOLDER
+    python benchmark/speed.py "td3_ams.py --env-id dog-run" "OLD/td3_ams.py --env-id dog-run"             # any commands
+    python benchmark/speed.py "baselines/td3.py --num-seeds 5" "td3_pave.py --env-id blind_env:Blind-17-6-v0"
+    python benchmark/speed.py --profile "td3_ams.py --env-id dog-run"      # where an iteration's time goes
 
-Every figure is one training process with its own defaults, all with the same environment, networks (256, 256, ReLU), batch
-(256), replay, one update a vector step and, on a CPU, one thread (XLA takes all cores: `taskset -c 0` in front of the command
-holds every library to one). Ours compiles where a run of a million steps would by itself. The processes take turns; the median
-over the repeats counts. The clock runs between two lines of a process's log, after warm-up, compilation and a number of updates
-to settle. Run it on a machine that does nothing else.
+A command is a Python script with its flags, from the repository's root or any other that prints "step 500/...",
+"global_step=500" or a tqdm bar. Every process is held to the same --cores; rounds are interleaved and the median counts. The
+clock runs between the first two such lines at or after --settle and --settle + --steps, so neither start nor compilation is in
+it. The libraries have their own defaults but the same environment, networks (256, 256), batch (256) and one update a step. Run
+it on a machine that does nothing else. Each process's rate is appended to --output as a row.
 """
 
 import csv
 import os
 import re
-import shutil
+import runpy
+import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
-from sweep import UserError, load_script, script_path
 
-STUDIES = ("libraries", "seeds", "neighbors", "envs")
-LIBRARIES = {"smoothq": "#CC6677", "stable-baselines3": "#88CCEE", "sbx-rl": "#117733"}
-COLUMNS = ["study", "library", "algorithm", "device", "env_id", "value", "repeat"]
-COLUMNS += ["vector_steps_per_second", "updates_per_second", "peak_memory_mib", "gpu_memory_mib"]
-# On a CPU, as ours by default. XLA does not obey: `taskset -c 0` in front of the benchmark holds every library to one core.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-WARM_UP, LOG_EVERY = 256, 50  # vector steps before the first update; between two lines of the log
-
-
-class Case(NamedTuple):
-    """One process to time: value is S, K or N of the study, 1 for a library."""
-
-    study: str
-    library: str
-    algorithm: str
-    device: str
-    env_id: str
-    value: int = 1
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ["--learning-starts", "256", "--log-every", "50", "--eval-episodes", "1", "--eval-every", str(10**9)]
+PEERS = {  # in the peers' folder
+    "CleanRL {}": "cleanrl/cleanrl/{}_continuous_action.py --env-id {env_id} --learning-starts 256 --no-cuda",
+    "LeanRL {}": "leanrl/leanrl/{}_continuous_action_torchcompile.py --env-id {env_id} --learning-starts 256 --compile",
+}
 
 
 @dataclass
 class Options:
+    commands: tyro.conf.Positional[tuple[str, ...]] = ()
+    """scripts with their flags; without any, TD3 and SAC of every library"""
     env_id: str = "Walker2d-v5"
-    """environment of all studies but neighbors"""
-    neighbors_env_id: str = "dog-run"
-    """environment of the study of K, up to its 38 actions"""
-    studies: tuple[str, ...] = STUDIES
-    """libraries, seeds (S), neighbors (K), envs (N)"""
-    devices: tuple[str, ...] = ()
-    """cpu, cuda; by default both where there is CUDA"""
-    settle: int = 500
-    """vector steps with updates before the clock runs"""
-    steps: int = 3000
+    """of the libraries"""
+    peers: Path | None = None
+    """a folder with checkouts of cleanrl/ and leanrl/"""
+    cores: int = 1
+    """processors that each process may use"""
+    rounds: int = 3
+    """times each command runs"""
+    settle: int = 600
+    """vector steps before the clock runs"""
+    steps: int = 400
     """vector steps that are timed"""
-    repeats: int = 5
-    """processes a figure is the median of"""
-    output: Path = Path("report")
-    """where speed.csv and figures/speed.png go"""
+    timeout: float = 600.0
+    """seconds after which a command that shows no such step has failed"""
+    output: Path = Path("report/speed.csv")
+    profile: str = ""
+    """a script with its flags, run once under torch.profiler"""
     worker: str = ""
-    """one of the other libraries, as library:algorithm:device: what the benchmark itself starts"""
+    """library:algorithm, what the benchmark itself starts"""
 
 
-def total_steps(options: Options) -> int:
-    return WARM_UP + options.settle + options.steps
+def libraries(options: Options) -> dict[str, str]:
+    """The commands by default, with their names."""
+    found, environment = {}, f"--env-id {options.env_id}"
+    for algorithm in ("td3", "sac"):
+        found[f"smoothq {algorithm}"] = f"baselines/{algorithm}.py {environment}"
+        for library in ("stable_baselines3", "sbx"):
+            found[f"{library} {algorithm}"] = f"benchmark/speed.py --worker {library}:{algorithm} {environment}"
+        for name, command in PEERS.items() if options.peers else ():
+            found[name.format(algorithm)] = f"{options.peers.resolve()}/{command.format(algorithm, env_id=options.env_id)}"
+    return found
 
 
-def cases(options: Options) -> list[Case]:
-    found = []
-    for device in options.devices:
-        for algorithm in ("td3", "sac"):
-            found += [Case("libraries", library, algorithm, device, options.env_id) for library in LIBRARIES]
-        found += [Case("seeds", "smoothq", "td3", device, options.env_id, seeds) for seeds in (1, 2, 4, 8, 16)]
-        found += [Case("neighbors", "smoothq", "td3_ams", device, options.neighbors_env_id, k) for k in (1, 2, 4, 8, 16, 38)]
-        found += [Case("envs", "smoothq", "td3", device, options.env_id, envs) for envs in (1, 2, 4, 8, 16)]
-    return [case for case in found if case.study in options.studies]
-
-
-def compile_choice(case: Case) -> str:
-    """What --compile auto comes to in a long run, which the timed one stands for."""
-    import torch
-
-    return "on" if load_script(case.algorithm).worth_compiling(10**6, torch.device(case.device)) else "off"
-
-
-def command(case: Case, options: Options) -> list[str]:
-    """The process that trains a case and prints "step N/..." lines."""
-    if case.library != "smoothq":
-        mine = ["--worker", f"{case.library}:{case.algorithm}:{case.device}", "--env-id", case.env_id]
-        return [sys.executable, __file__, *mine, "--settle", str(options.settle), "--steps", str(options.steps)]
-    flags = {"env-id": case.env_id, "device": case.device, "total-timesteps": total_steps(options), "learning-starts": WARM_UP}
-    flags |= {"log-every": LOG_EVERY, "eval-every": 10**9, "eval-episodes": 1, "checkpoint-seconds": 1e9, "num-envs": 1}
-    flags |= {"compile": compile_choice(case)}
-    flags |= {"num-seeds": case.value} if case.study == "seeds" else {}
-    flags |= {"num-envs": case.value} if case.study == "envs" else {}
-    flags |= {"num-neighbors": case.value} if case.study == "neighbors" else {}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, str(script_path(case.algorithm)), *words, "--no-save-replay"]
-
-
-def run_worker(options: Options) -> None:
-    """Trains with another library, by the settings that our scripts have by default (its own for the rest)."""
-    library, algorithm, device = options.worker.split(":")
-    if library == "sbx-rl":
-        import jax
-        import sbx as package
-
-        jax.config.update("jax_platforms", device)
-    else:
-        import stable_baselines3 as package
+def train_peer(options: Options) -> None:
+    """Trains with stable-baselines3 or sbx by the settings of our TD3 and SAC; prints a line every 50 steps."""
+    import gymnasium as gym
     import numpy as np
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.noise import NormalActionNoise
-    from stable_baselines3.common.vec_env import DummyVecEnv
 
     class Log(BaseCallback):
         def _on_step(self) -> bool:
-            if self.n_calls % LOG_EVERY == 0:
-                print(f"step {self.n_calls}/{total_steps(options)}", flush=True)
+            if self.n_calls % 50 == 0:
+                print(f"step {self.n_calls}/", flush=True)
             return True
 
-    script = load_script(algorithm)
-    env = DummyVecEnv([lambda: script.make_env(options.env_id)])
-    settings = {"learning_starts": WARM_UP, "batch_size": 256, "buffer_size": min(1_000_000, total_steps(options))}
-    settings |= {"policy_kwargs": {"net_arch": [256, 256]}, "train_freq": 1, "gradient_steps": 1, "learning_rate": 3e-4}
-    if algorithm == "td3":
-        actions = env.action_space.shape[0]
-        settings["action_noise"] = NormalActionNoise(np.zeros(actions), np.full(actions, 0.1))
-    settings |= {"device": device} if library == "stable-baselines3" else {}
-    model = getattr(package, algorithm.upper())("MlpPolicy", env, **settings)
-    model.learn(total_steps(options), callback=Log())
-
-
-def gpu_memory_mib() -> float | None:
-    """Memory in use on the first GPU, by all processes."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
-
-
-def time_case(case: Case, options: Options) -> dict[str, float]:
-    """Trains once, in a folder of its own that is deleted afterwards; raises UserError with what a failed process said last."""
-    times, gpu_before, gpu_peak = {}, gpu_memory_mib() if case.device == "cuda" else None, 0.0
-    environment = {**os.environ, **(ONE_THREAD if case.device == "cpu" else {}), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "errors", "w+") as errors:
-        kwargs = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        process = subprocess.Popen(command(case, options), **kwargs)
-        for line in process.stdout:
-            if match := re.match(r"step (\d+)/", line):
-                times.setdefault(int(match[1]), time.perf_counter())
-                if gpu_before is not None:
-                    gpu_peak = max(gpu_peak, gpu_memory_mib() - gpu_before)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            lines = errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
-            raise UserError(lines[-1])
-    timed = {step: at for step, at in times.items() if step >= WARM_UP + options.settle}
-    if len(timed) < 2:
-        raise UserError(f"--steps {options.steps} is too short: at least {2 * LOG_EVERY} are needed")
-    rate = (max(timed) - min(timed)) / (timed[max(timed)] - timed[min(timed)])
-    seeds = case.value if case.study == "seeds" else 1
-    measured = {"vector_steps_per_second": rate, "updates_per_second": rate * seeds, "peak_memory_mib": usage.ru_maxrss / 1024}
-    return {**measured, "gpu_memory_mib": gpu_peak if gpu_before is not None else ""}
-
-
-def draw(rows: list[dict], options: Options, path: Path) -> None:
-    """Medians over the repeats, with the range of the repeats as bars."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
-    shown = [study for study in STUDIES if study in set(table["study"])]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown) + 1.8, 4), squeeze=False, layout="constrained")
-    repeats = table["repeat"].max() + 1
-    figure.suptitle(
-        "Training speed" + (f": median and range of {repeats} processes each" if repeats > 1 else ", one process each")
+    library, algorithm = options.worker.split(":")
+    env = gym.make(options.env_id)
+    settings = dict(
+        learning_starts=256, batch_size=256, buffer_size=1_000_000, train_freq=1, gradient_steps=1, learning_rate=3e-4
     )
-    labels = {"seeds": "S, seeds side by side", "neighbors": "K, neighbours in the target", "envs": "N, environments"}
-    for axis, study in zip(axes[0], shown):
-        rates = table[table["study"] == study]
-        axis.set_title(f"{study} ({rates['env_id'].iloc[0]})", fontsize=10)
-        if study == "libraries":
-            groups = list(dict.fromkeys(zip(rates["algorithm"], rates["device"])))
-            for offset, (library, colour) in enumerate(LIBRARIES.items()):
-                mine = rates[rates["library"] == library].groupby(["algorithm", "device"])["vector_steps_per_second"]
-                for position, group in enumerate(groups):
-                    if group not in mine.groups:
-                        continue
-                    values = mine.get_group(group)
-                    reach = [[values.median() - values.min()], [values.max() - values.median()]]
-                    label = library if position == 0 else None
-                    at = position + (offset - 1) * 0.27
-                    axis.bar(at, values.median(), 0.25, yerr=reach, color=colour, capsize=3, label=label)
-            axis.set_xticks(range(len(groups)), [f"{algorithm.upper()}, {device}" for algorithm, device in groups])
-            axis.set_ylabel("vector steps (= updates) a second")
-        else:
-            column = "updates_per_second" if study == "seeds" else "vector_steps_per_second"
-            for device, colour in (("cpu", "#332288"), ("cuda", "#999933")):
-                by_value = rates[rates["device"] == device].groupby("value")[column]
-                if len(by_value):
-                    middle = by_value.median()
-                    reach = [middle - by_value.min(), by_value.max() - middle]
-                    name = f"{rates['algorithm'].iloc[0].upper().replace('_', '-')}, {device}"
-                    axis.errorbar(middle.index, middle, yerr=reach, marker="o", color=colour, capsize=3, label=name)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sorted(rates["value"].unique()), sorted(rates["value"].unique()))
-            axis.set_xlabel(labels[study])
-            axis.set_ylabel("updates a second, all seeds" if study == "seeds" else "vector steps (= updates) a second")
-        axis.set_ylim(0, 1.08 * axis.dataLim.y1)
-        axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    if algorithm == "td3":
+        (actions,) = env.action_space.shape
+        settings["action_noise"] = NormalActionNoise(np.zeros(actions), np.full(actions, 0.1))
+    model = getattr(__import__(library), algorithm.upper())
+    model("MlpPolicy", env, policy_kwargs={"net_arch": [256, 256]}, **settings).learn(10**6, callback=Log())
+
+
+def time_command(command: str, options: Options) -> float:
+    """Vector steps a second of one process, times its --num-seeds; raises SystemExit with its last words if it fails."""
+    script, *flags = shlex.split(command)
+    path = Path(script) if Path(script).is_absolute() else ROOT / script
+    if path.parent.name == "baselines" or path.stem.endswith(("_ams", "_pave")):
+        flags = [*OURS, *flags]  # flags given come later and win
+    seeds = int(flags[flags.index("--num-seeds") + 1]) if "--num-seeds" in flags else 1
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmark"), "PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled"}
+    environment |= {"OMP_NUM_THREADS": str(options.cores), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    first, rate, said = None, None, deque(maxlen=1)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([sys.executable, str(path), *flags], cwd=folder, env=environment, **pipes)
+        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: options.cores])
+        killer = threading.Timer(options.timeout, process.kill)
+        killer.start()
+        for line in process.stdout:
+            now, match = time.perf_counter(), re.search(r"(?:\bstep |global_step=)(\d+)|(\d+)/\d+ \[", line)  # tqdm's: LeanRL
+            step = int(match[1] or match[2]) if match else -1
+            said.append(line.strip())
+            if first is None and step >= options.settle:
+                first = step, now
+            elif first and step >= first[0] + options.steps:
+                rate = seeds * (step - first[0]) / (now - first[1])
+                break
+        killer.cancel()
+        process.kill()
+        process.wait()
+    if rate is None:
+        sys.exit(f"speed.py: {command} ended early: {said}")
+    return rate
+
+
+def profile(command: str, options: Options) -> None:
+    """Runs a script to --settle + --steps in this process; prints the operators that take longest."""
+    import torch
+
+    script, *flags = shlex.split(command)
+    sys.argv = [script, *OURS, "--total-timesteps", str(options.settle + options.steps), *flags]
+    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
+        os.chdir(folder)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
 
 
 def main(options: Options) -> None:
     if options.worker:
-        return run_worker(options)
-    if unknown := set(options.studies) - set(STUDIES):
-        raise UserError(f"no study is called {unknown.pop()}; there are {', '.join(STUDIES)}")
-    if options.steps < 2 * LOG_EVERY or options.repeats < 1 or options.settle < 0:
-        raise UserError(f"--steps must be at least {2 * LOG_EVERY}, --repeats at least 1, --settle at least 0")
-    if not options.devices:
-        import torch
-
-        options.devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows, failed = [], set()
-    for repeat in range(options.repeats):
-        for case in cases(options):
-            if case in failed:
-                continue
-            try:
-                rows.append({**case._asdict(), "repeat": repeat, **time_case(case, options)})
-            except UserError as error:
-                print(f"left out: {' '.join(map(str, case))}: {error}", file=sys.stderr, flush=True)
-                failed.add(case)
-                continue
-            rate, memory = rows[-1]["vector_steps_per_second"], rows[-1]["peak_memory_mib"]
-            print(
-                f"{repeat + 1}/{options.repeats} {' '.join(map(str, case))}: {rate:.1f} steps/s, {memory:.0f} MiB", flush=True
-            )
-            with open(options.output / "speed.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-    if not rows:
-        raise SystemExit("speed.py: nothing could be timed")
-    draw(rows, options, options.output / "figures" / "speed.png")
-    print(f"wrote {options.output / 'speed.csv'} and {options.output / 'figures' / 'speed.png'}")
+        return train_peer(options)
+    if options.profile:
+        return profile(options.profile, options)
+    commands = {command: command for command in options.commands} or libraries(options)
+    rates = {name: [] for name in commands}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.output, "a", newline="") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(["command", "cores", "round", "vector_steps_per_second"])
+        for turn in range(options.rounds):
+            for name, command in commands.items():
+                rates[name].append(time_command(command, options))
+                writer.writerow([name, options.cores, turn, f"{rates[name][-1]:.2f}"])
+                file.flush()
+    reference = statistics.median(next(iter(rates.values())))
+    print(f"{options.cores} core(s), vector steps a second times seeds: median (minimum to maximum), ratio to the first")
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{median:9.1f} ({min(values):.1f} to {max(values):.1f})  {median / reference:6.2f} x  {name}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except UserError as error:
-        print(f"speed.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(tyro.cli(Options, description=__doc__))
