@@ -136,9 +136,9 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
     name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
     if env_id.startswith("h1-"):
-        import humanoid_bench  # noqa: F401, registers its environments
+        import humanoid_bench  # noqa: F401, registers its environments; README.md says how to get it
 
-        name = env_id.replace("h1-sit", "h1-sit_simple") + "-v0"
+        name, kwargs = env_id.replace("h1-sit", "h1-sit_simple") + "-v0", {"render_mode": None} | kwargs  # no window
     elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
         import shimmy  # noqa: F401
 
@@ -405,7 +405,7 @@ def train(args: Args) -> None:
     try:
         env = make_env(args.env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
+        fail(f"--env-id {args.env_id}: {error}" + "; how to install it: README.md" * isinstance(error, ImportError))
     (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
 
     torch.manual_seed(args.seed)

@@ -1,326 +1,275 @@
-"""The shape of trained critics: exact Hessians along deterministic rollouts (PAVE, "Empirical Validation of the Theory").
+"""The shape of trained critics, from saved policies: exact Hessians along rollouts, and how far smoothing moves the target.
 
-    python benchmark/geometry.py                      # every run in runs/ -> report/geometry.csv, report/figures/surface_*.png
-    python benchmark/geometry.py --checkpoints 0      # the final policies only
+    python benchmark/geometry.py runs/Pendulum-v1__td3_pave__*
 
-For each policy: M_sup, the largest spectral norm of the mixed Hessian over the visited states; the share of states where the
-action Hessian is negative definite; the mean cosine of consecutive action gradients, and the share of negative ones. All of the
-first critic, at (s, a(s)), actions in normalised units. What is in geometry.csv already is not computed again.
+writes geometry.csv and target_shift.csv into each run's folder, and report/surface_*.png, which report.py shows.
+geometry.csv, PAVE's quantities (section "Empirical Validation of the Theory"), of the first critic at (s, a(s)) along the
+episodes of the deterministic policy: M_sup, the largest spectral norm of the mixed Hessian; the share of states with a negative
+definite action Hessian; the mean cosine of consecutive action gradients, and the share of negative ones.
+target_shift.csv, for TD3, SAC and AMS: how far AMS's neighbourhood and TD3's target noise move min_j Q_j(s, mu(s)), over 512
+next states of the replay, with the online networks. taylor is what AMS's theorem 3.3 makes of the neighbourhood's shift: for a
+ReLU critic without LayerNorm 0, whose curvature is all in its kinks.
+Actions are in normalised units. A row for each saved policy and seed; what a file has already is not computed again.
 """
 
-import dataclasses
-import math
-import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import sweep
 import torch
 import tyro
-from sweep import Run, UserError
-from torch import Tensor, nn
+from suites import PAVE_METHODS, Run, is_of, load_script, pave_cell, read_runs
+from torch import Tensor
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = ["run", "script", "env_id", "step", "seed", "states", "M_sup", "negative_definite_rate", "mean_cosine", "flip_rate"]
-ROWS = 1000  # states at once: larger batches fall out of a CPU's cache
+
+def runs_in(paths: Iterable[Path]) -> list[Run]:
+    """The evaluated runs at paths: a run's folder, or a folder of them."""
+    found = [run for path in paths for run in read_runs(path.parent if (path / "args.json").exists() else path)]
+    return [run for run in found if {run.folder, run.folder.parent} & set(paths) and (run.folder / "eval.csv").exists()]
 
 
-class Policy(NamedTuple):
-    """The networks of a run, S seeds side by side, as they were at a step."""
+class Networks:
+    """Actor and critic of a run, S seeds side by side, and its environment; load gives them the weights of a saved policy."""
 
-    script: ModuleType
-    args: Any
-    actor: nn.Module
-    critic: nn.Module
-    step: int
+    def __init__(self, run: Run):
+        self.script = load_script(run.args["script"])
+        self.args = self.script.Args(**{name: value for name, value in run.args.items() if name != "script"})
+        self.env = self.script.make_env(self.args.env_id)
+        sizes = (self.args.num_seeds, *self.env.observation_space.shape, *self.env.action_space.shape)
+        self.actor = self.script.Actor(*sizes).requires_grad_(False)
+        layer_norm = [self.args.layer_norm] if hasattr(self.args, "layer_norm") else []
+        self.critic = self.script.Critic(*sizes, *layer_norm).requires_grad_(False)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
 
     def act(self, observations: Tensor) -> Tensor:
-        """The deterministic action: observations [S, B, O] -> [S, B, A] in [-1, 1]."""
+        """The deterministic action: [S, B, O] -> [S, B, A]."""
         output = self.actor(observations)
-        if isinstance(output, tuple):  # SAC's mean and log standard deviation
-            return torch.tanh(output[0])
-        return output
+        return output if isinstance(output, Tensor) else output[0].tanh()  # SAC: mean, log standard deviation
 
-    def member(self, index: int) -> "Policy":
-        """One seed alone, S = 1."""
-        args = dataclasses.replace(self.args, seed=self.args.seed + index, num_seeds=1)
-        alone = []
-        for network in (self.actor, self.critic):
-            state = {name: value[index : index + 1] for name, value in network.state_dict().items()}
-            alone.append(build(type(network), args, state))
-        return self._replace(args=args, actor=alone[0], critic=alone[1])
+    def seed_act(self, index: int, observations: Tensor) -> Tensor:
+        """The action of one seed: [B, O] -> [B, A]."""
+        return self.act(observations.expand(self.args.num_seeds, -1, -1))[index]
+
+    def value(self, index: int, twins: slice) -> Callable:
+        """The least of some of one seed's critics, as a function of observations [B, O] and actions [B, A] -> [B]."""
+        weights = {name: weight[index : index + 1, twins] for name, weight in self.critic.state_dict().items()}
+        return lambda o, a: torch.func.functional_call(self.critic, weights, (o[None], a[None]))[0].amin(0)
 
 
-def build(network: type[nn.Module], args: Any, state: dict[str, Tensor]) -> nn.Module:
-    """The network whose parameters are state; the observation and action sizes are read off it."""
-    action_dim = SPECS[args.env_id].action_dim
-    module = network(args.num_seeds, SPECS[args.env_id].observation_dim, action_dim, args)
-    module.load_state_dict(state)
-    return module.requires_grad_(False)
+def derivatives(value: Callable, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """value([B, O], [B, A]) -> [B], at observations [B, O] and actions [B, A]: the exact action gradient [B, A], mixed Hessian
+    [B, A, O] and action Hessian [B, A, A].
 
-
-SPECS: dict[str, Any] = {}  # EnvSpec of each environment seen
-
-
-def load_policy(run: Run, path: Path) -> Policy:
-    """The networks of policies/step_*.pt, built by the run's own script; raises UserError if they cannot be."""
-    script = sweep.load_script(run.args["script"])
-    try:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in run.args.items() if key != "script"}
-        args = script.Args(**values)
-        if args.env_id not in SPECS:
-            SPECS[args.env_id] = script.read_env_spec(args.env_id)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        actor, critic = (
-            build(network, args, state[name]) for name, network in (("actor", script.Actor), ("critic", script.Critic))
-        )
-    except (TypeError, KeyError, RuntimeError, OSError, EOFError, script.UserError) as error:
-        raise UserError(f"{path} cannot be loaded by {run.args['script']}.py: {str(error).splitlines()[0]}") from None
-    return Policy(script, args, actor, critic, int(path.stem.removeprefix("step_")))
-
-
-def hessians(critic: nn.Module, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact derivatives of the first critic, all states at once: observations [S, B, O], actions [S, B, A] ->
-    action gradient [S, B, A], mixed Hessian [S, B, A, O] and action Hessian [S, B, A, A].
-
-    States do not interact in a critic, so one pullback of the batched action gradient gives row i of every state's Hessians;
-    vmap runs the A rows together.
+    A row of the batch does not act on another, so one pullback of the batched gradient is row i of everyone's Hessians; vmap
+    runs the A of them together.
     """
 
     def action_gradient(observations: Tensor, actions: Tensor) -> Tensor:
-        return torch.func.grad(lambda a: critic(observations, a, slice(1)).sum())(actions)
+        return torch.func.grad(lambda a: value(observations, a).sum())(actions)
 
-    gradients, pullback = torch.func.vjp(action_gradient, observations, actions)
-    action_dim = actions.shape[-1]
-    rows = torch.eye(action_dim, dtype=actions.dtype).view(action_dim, 1, 1, action_dim).expand(-1, *gradients.shape)
-    mixed, curvature = torch.func.vmap(pullback)(rows)  # [A, S, B, O], [A, S, B, A]
-    return gradients, mixed.movedim(0, -2), curvature.movedim(0, -2)
-
-
-class Geometry(NamedTuple):
-    """What the papers' tables need of B states: gradients [B, A], M [B], the largest eigenvalue of the action Hessian [B]."""
-
-    gradients: Tensor
-    mixed_norms: Tensor
-    largest_curvatures: Tensor
-
-
-def measure(critic: nn.Module, observations: Tensor, actions: Tensor) -> Geometry:
-    """The critic of one seed at observations [B, O], actions [B, A]."""
     parts = []
-    for o, a in zip(observations.split(ROWS), actions.split(ROWS)):
-        gradients, mixed, curvature = (part[0] for part in hessians(critic, o.unsqueeze(0), a.unsqueeze(0)))
-        parts.append((gradients, torch.linalg.matrix_norm(mixed, 2), torch.linalg.eigvalsh(curvature)[..., -1]))
-    return Geometry(*map(torch.cat, zip(*parts)))
+    for o, a in zip(observations.split(1000), actions.split(1000)):  # more fall out of a CPU's cache
+        gradients, pullback = torch.func.vjp(action_gradient, o, a)
+        rows = torch.eye(a.shape[1], dtype=a.dtype).unsqueeze(1).expand(-1, *a.shape)
+        mixed, curvature = torch.func.vmap(pullback)(rows)  # [A, B, O], [A, B, A]
+        parts.append((gradients, mixed.movedim(0, 1), curvature.movedim(0, 1)))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
-class Rollout(NamedTuple):
-    """One deterministic episode of one seed: observations [T, O], actions [T, A]."""
-
-    seed_index: int
-    observations: Tensor
-    actions: Tensor
-
-
-@torch.no_grad()
-def rollouts(policy: Policy) -> list[Rollout]:
-    """The episodes that the run's evaluation at this step consisted of, played again: S * eval_episodes of them."""
-    observations, actions = [], []
-
-    def act(batch: Tensor) -> Tensor:
-        observations.append(batch.clone())
-        actions.append(policy.act(batch))
-        return actions[-1]
-
-    script, args, spec = policy.script, policy.args, SPECS[policy.args.env_id]
-    envs = script.make_vector_env(args, spec, args.num_seeds * args.eval_episodes)
-    try:
-        episodes = script.evaluate(act, envs, spec, args, policy.step, lambda: False)
-    except script.TrainingFault as fault:
-        raise UserError(str(fault)) from None
-    finally:
-        envs.close()
-    stacked = [torch.stack(steps, 2).flatten(0, 1) for steps in (observations, actions)]  # [S * E, T, .]
-    lengths = [episode.length for episode in episodes]
-    return [Rollout(i // args.eval_episodes, *(part[i, :length] for part in stacked)) for i, length in enumerate(lengths)]
+def geometry(value: Callable, episodes: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """PAVE's quantities of one critic over episodes of (observations [T, O], actions [T, A])."""
+    observations, actions = map(torch.cat, zip(*episodes))
+    gradients, mixed, curvature = derivatives(value, observations, actions)
+    parts = gradients.split([len(actions) for _, actions in episodes])  # consecutive only within an episode
+    cosines = torch.cat([torch.cosine_similarity(part[:-1], part[1:], -1, eps=1e-30) for part in parts])
+    return {
+        "states": len(observations),
+        "M_sup": torch.linalg.matrix_norm(mixed, 2).max().item(),
+        "negative_definite_rate": (torch.linalg.eigvalsh(curvature)[:, -1] < 0).float().mean().item(),
+        "mean_cosine": cosines.mean().item(),
+        "flip_rate": (cosines < 0).float().mean().item(),
+    }
 
 
-def geometry_rows(run: Run, policy: Policy) -> list[dict[str, Any]]:
-    """A row of geometry.csv for each seed."""
-    rows, episodes = [], rollouts(policy)
-    for index in range(policy.args.num_seeds):
-        mine = [episode for episode in episodes if episode.seed_index == index]
-        states, actions = (torch.cat([getattr(episode, name) for episode in mine]) for name in ("observations", "actions"))
-        found = measure(policy.member(index).critic, states, actions)
-        parts = found.gradients.split([len(episode.actions) for episode in mine])  # consecutive only within an episode
-        cosines = torch.cat([torch.cosine_similarity(part[:-1], part[1:], -1, eps=1e-30) for part in parts])
-        row = {"run": run.folder.name, "script": run.args["script"], "env_id": policy.args.env_id, "step": policy.step}
-        row |= {"seed": policy.args.seed + index, "states": len(states), "M_sup": found.mixed_norms.max().item()}
-        row |= {"negative_definite_rate": (found.largest_curvatures < 0).float().mean().item()}
-        row |= {"mean_cosine": cosines.mean().item(), "flip_rate": (cosines < 0).float().mean().item()}
-        rows.append(row)
+def geometry_rows(networks: Networks, envs: Any, step: int) -> list[dict[str, float]]:
+    """Plays the evaluation of this step again, in envs: a row of geometry.csv for each seed."""
+    args, visited = networks.args, []
+
+    def policy(observations: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(observations.copy())
+        actions = networks.act(batch.unflatten(0, (args.num_seeds, -1))).flatten(0, 1)
+        visited.append((batch, actions))
+        return actions.numpy()
+
+    played = networks.script.evaluate(policy, envs, args, step, networks.env.unwrapped.action_space)
+    observations, actions = (torch.stack(part, 1) for part in zip(*visited))  # [S * E, T, .]
+    lengths = [row[5] for row in played]
+    episodes = [(o[:length], a[:length]) for o, a, length in zip(observations, actions, lengths)]
+    E, rows = args.eval_episodes, []
+    for index in range(args.num_seeds):
+        found = geometry(networks.value(index, slice(1)), episodes[index * E : (index + 1) * E])
+        rows.append({"step": step, "seed": args.seed + index, **found})
     return rows
 
 
-def chosen_policies(run: Run, count: int) -> list[Path]:
-    """The last policies/step_*.pt of a run, and count others spread evenly over those with updates behind them."""
-    start = run.args.get("learning_starts", 0)
-    paths = sorted(run.folder.glob("policies/step_*.pt"))
-    trained = [path for path in paths if int(path.stem.removeprefix("step_")) > start]
-    indices = {round(i * (len(trained) - 1) / max(count, 1)) for i in range(count)} | {len(trained) - 1} if trained else set()
-    return [trained[index] for index in sorted(indices)]
+STATES, DRAWS, K, NOISE, CLIP = 512, 8, 8, 0.2, 0.5  # AMS's neighbours; TD3's target noise and its clip
+RADII = (0.2, 0.8)
 
 
-SIDE, STATE_REACH, ACTION_REACH = 50, 1.0, 1.5
+def target_shift(value: Callable, observations: Tensor, anchor: Tensor) -> dict[str, float]:
+    """How much less than min_j Q_j(s, mu) its average around mu is: value(s, a) is that minimum, observations [B, O], anchor mu
+    [B, A].
 
-
-@torch.no_grad()
-def surfaces(policies: dict[str, Policy]) -> dict[str, np.ndarray] | None:
-    """M on a SIDE x SIDE sweep of one state and one action dimension, for the first seed of each method.
-
-    The state is the one that Base reaches after 20 steps; the two dimensions are those of the largest mixed partial of Base's
-    critic there. Each method is swept around its own action. None without Base.
+    shift: the mean over states and draws (a direction and its opposite: that rids it of most of the draw's noise).
+    sampling_sd: of one draw, for the neighbourhood the mean over K directions; the root mean square over states.
     """
-    if "base" not in policies:
-        return None
-    base = policies["base"].member(0)
-    env = base.script.make_env(base.args.env_id)
-    observation, _ = env.reset(seed=base.args.seed)
-    for _ in range(20):
-        observation, _, terminated, truncated, _ = env.step(base.act(torch.from_numpy(observation)[None, None])[0, 0].numpy())
-        if terminated or truncated:
-            break
-    env.close()
-    state = torch.from_numpy(observation)[None, None]
-    mixed = hessians(base.critic, state, base.act(state))[1][0, 0]
-    action_dim, state_dim = divmod(mixed.abs().argmax().item(), mixed.shape[1])
-    found = {"state": state_dim, "action": action_dim}
-    for name, policy in policies.items():
-        member = policy.member(0)
-        observations = state[0].repeat(SIDE * SIDE, 1)
-        actions = member.act(state)[0].repeat(SIDE * SIDE, 1)
+    B, A = anchor.shape
+    sample_directions = load_script("td3_ams").sample_directions
+
+    def values(offsets: Tensor) -> Tensor:
+        """offsets [B, M, A] -> min_j Q_j [B, M]."""
+        actions = (anchor.unsqueeze(1) + offsets).clamp(-1, 1)
+        return value(observations.repeat_interleave(offsets.shape[1], 0), actions.flatten(0, 1)).unflatten(0, (B, -1))
+
+    def moved(draw: Callable, averaged: int) -> tuple[float, float]:
+        forth, back, draws = 0.0, 0.0, []
+        for _ in range(DRAWS):
+            offsets = draw()
+            there = values(offsets)
+            draws.append(there[:, :averaged].mean(1))
+            forth, back = forth + there.mean().item() / DRAWS, back + values(-offsets).mean().item() / DRAWS
+        return center.mean().item() - (forth + back) / 2, torch.stack(draws).var(0).mean().sqrt().item()
+
+    center = values(torch.zeros(B, 1, A)).squeeze(1)
+    laplacian = derivatives(value, observations, anchor)[2].diagonal(dim1=1, dim2=2).sum(1)
+    found = {"value_sd_over_states": center.std().item()}
+    for radius in RADII:
+        shift, sd = moved(lambda: radius * sample_directions((B,), A, max(A, K), torch.device("cpu")), K)
+        found |= {f"shift_radius_{radius}": shift, f"taylor_radius_{radius}": -(radius**2) / (2 * A) * laplacian.mean().item()}
+        found |= {f"sampling_sd_radius_{radius}": sd}
+    shift, sd = moved(lambda: (NOISE * torch.randn(B, max(A, K), A)).clamp(-CLIP, CLIP), 1)
+    return found | {"shift_td3_noise": shift, "sampling_sd_td3_noise": sd}
+
+
+def target_shift_rows(networks: Networks, replay: Tensor, step: int) -> list[dict[str, float]]:
+    """A row of target_shift.csv for each seed; replay [S, transitions, width]."""
+    torch.manual_seed(0)  # the same states for every policy
+    O, A = networks.env.observation_space.shape[0], networks.env.action_space.shape[0]
+    next_observations = replay[:, torch.randint(replay.shape[1], (STATES,)), O + A : O + A + O]
+    rows = []
+    for index, observations in enumerate(next_observations):
+        found = target_shift(networks.value(index, slice(2)), observations, networks.seed_act(index, observations))
+        rows.append({"step": step, "seed": networks.args.seed + index, **found})
+    return rows
+
+
+def policies(run: Run) -> dict[int, Path]:
+    return {int(path.stem.removeprefix("step_")): path for path in sorted(run.folder.glob("policies/step_*.pt"))}
+
+
+def extend(path: Path, networks: Networks, saved: dict[int, Path], measure: Callable) -> None:
+    """Adds to a CSV the rows of those policies that it lacks."""
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"step": []})
+    for step, policy in saved.items():
+        if step not in set(table["step"]):
+            networks.load(policy)
+            new = pd.DataFrame(measure(step))
+            table = pd.concat([table, new]) if len(table) else new
+            table.to_csv(path, index=False)
+            print(f"{path}, step {step}:", *(f"{name} {value:.3g}" for name, value in new.mean().iloc[2:].items()), flush=True)
+
+
+SIDE, STATE_REACH, ACTION_REACH = 50, 1.0, 1.5  # of the paper's sweep
+
+
+def surfaces(runs: dict[str, Run]) -> tuple[int, int, list[np.ndarray]]:
+    """M over a sweep of one state and one action dimension for the first seed's last policy of each run; also the dimensions.
+
+    The state is the one that the first run (Base) reaches after 20 steps, the dimensions are those of the largest mixed partial
+    of its critic there; each is swept around its own action.
+    """
+    state, found = None, []
+    for run in runs.values():
+        networks = Networks(run)
+        networks.load(list(policies(run).values())[-1])
+        if state is None:
+            observation, _ = networks.env.reset(seed=networks.args.seed)
+            for _ in range(20):
+                action = networks.seed_act(0, torch.from_numpy(observation)[None])[0].numpy()
+                observation, _, terminated, truncated, _ = networks.env.step(action)
+                if terminated or truncated:
+                    break
+            state = torch.from_numpy(observation)[None]
+            mixed = derivatives(networks.value(0, slice(1)), state, networks.seed_act(0, state))[1][0]
+            action_dim, state_dim = divmod(mixed.abs().argmax().item(), mixed.shape[1])
+        observations, actions = state.repeat(SIDE**2, 1), networks.seed_act(0, state).repeat(SIDE**2, 1)
         observations[:, state_dim] += torch.linspace(-STATE_REACH, STATE_REACH, SIDE).repeat_interleave(SIDE)
         actions[:, action_dim] += torch.linspace(-ACTION_REACH, ACTION_REACH, SIDE).repeat(SIDE)
-        found[name] = measure(member.critic, observations, actions).mixed_norms.view(SIDE, SIDE).numpy()
-    return found
+        mixed = derivatives(networks.value(0, slice(1)), observations, actions)[1]
+        found.append(torch.linalg.matrix_norm(mixed, 2).view(SIDE, SIDE).numpy())
+    return state_dim, action_dim, found
 
 
-def draw_surfaces(suite: str, runs: list[Run], path: Path) -> bool:
-    """The paper's grid of surfaces, environments down and methods across; panels without a run stay empty."""
-    cells = sweep.SUITES[suite]
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    grid = {}
-    for env_id in sweep.PAVE_ENVS:
-        policies = {}
-        for cell in cells:
-            for run in runs:
-                if cell.env_id == env_id and sweep.is_of(run, cell) and (paths := chosen_policies(run, 0)):
-                    policies[cell.method] = load_policy(run, paths[-1])  # the newest one stays
-        if found := surfaces(policies):
-            grid[env_id] = found
-    if not grid:
-        return False
-    size = (2.9 * len(methods), 2.6 * len(grid) + 1.0)
-    figure, axes = plt.subplots(len(grid), len(methods), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False)
-    backbone = "TD3" if suite == "pave-table-1" else "SAC"
-    figure.suptitle(f"Spectral norm M of the mixed Hessian, {backbone} critics (height and colour; a row shares its scale)")
-    x, y = np.meshgrid(
-        np.linspace(-STATE_REACH, STATE_REACH, SIDE), np.linspace(-ACTION_REACH, ACTION_REACH, SIDE), indexing="ij"
-    )
-    for row, (env_id, found) in zip(axes, grid.items()):
-        top = float(np.percentile(found["base"], 99))
-        for axis, method in zip(row, methods):
-            axis.set_title(f"{env_id}\n{method.upper() if method != 'base' else 'Base'}", fontsize=9)
-            if method not in found:
-                axis.set_axis_off()
-                axis.text2D(0.5, 0.5, "no run", transform=axis.transAxes, ha="center", color="0.5")
-                continue
-            axis.plot_surface(
-                x,
-                y,
-                found[method].clip(max=top),
-                cmap="viridis",
-                vmin=0,
-                vmax=top,
-                rstride=1,
-                cstride=1,
-                lw=0,
-                antialiased=False,
-            )
-            axis.set_zlim(0, top)
-            axis.set_xlabel(f"state[{found['state']}] offset", fontsize=7, labelpad=-4)
-            axis.set_ylabel(f"action[{found['action']}] offset", fontsize=7, labelpad=-4)
-            axis.set_zlabel("M", fontsize=7, labelpad=-6)
-            axis.set_xticks((-STATE_REACH, 0, STATE_REACH))
-            axis.set_yticks((-ACTION_REACH, 0, ACTION_REACH))
-            axis.tick_params(labelsize=6, pad=-2)
-    figure.subplots_adjust(left=0.02, right=0.96, top=1 - 0.75 / size[1], bottom=0.3 / size[1], wspace=0.12, hspace=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path) -> None:
+    state_dim, action_dim, found = surfaces(runs)
+    top = float(np.percentile(found[0], 99))
+    x, y = (np.linspace(-reach, reach, SIDE) for reach in (STATE_REACH, ACTION_REACH))
+    size = (max(3.3 * len(runs), 4.2), 3.6)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False)
+    for axis, name, surface in zip(axes[0], runs, found):
+        plane = np.meshgrid(x, y, indexing="ij")
+        axis.plot_surface(*plane, surface.clip(max=top), cmap="viridis", vmin=0, vmax=top, rcount=SIDE, ccount=SIDE, lw=0)
+        axis.set_title("Base" if name == "base" else name.upper(), y=0.98)
+        axis.set(xlabel=f"state[{state_dim}]", ylabel=f"action[{action_dim}]", zlim=(0, top))
+        axis.set(xticks=(-STATE_REACH, 0, STATE_REACH), yticks=(-ACTION_REACH, 0, ACTION_REACH))
+        axis.tick_params(labelsize=7, pad=-2)
+    figure.suptitle(f"{env_id}, {backbone.upper()}: norm of the mixed Hessian", fontsize=11)
+    figure.subplots_adjust(left=0.02, right=0.94, top=0.9, bottom=0.06, wspace=0.12)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"surface_{env_id}_{backbone}.png"
+    figure.savefig(path, dpi=130)
     plt.close(figure)
-    return True
+    print(path)
 
 
 @dataclass
 class Options:
-    runs: Path = Path("runs")
-    """the folder of runs"""
-    output: Path = Path("report")
-    """where geometry.csv and figures/ go"""
-    checkpoints: int = 10
-    """earlier policies of each run that are measured too, evenly spread over training"""
-    threads: int = 1
-    """PyTorch's CPU threads"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # runs, or folders of runs
+    output: Path = Path("report")  # where the surface figures go
+
+    def __post_init__(self):
+        if not any(policies(run) for run in runs_in(self.runs) if run.args["script"] != "ppo"):
+            raise ValueError(f"no saved critic in {', '.join(map(str, self.runs))}")  # PPO's knows no actions
 
 
 def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    runs = [run for run in sweep.read_runs(options.runs) if run.args.get("script") != "ppo"]  # PPO has no action value
-    if not runs:
-        raise UserError(
-            f"{options.runs} holds no runs with a Q-function; train some first: python benchmark/sweep.py pave-table-1"
-        )
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "geometry.csv"
-    known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
-    known = known[known["run"].isin([run.folder.name for run in runs])]
-    done = set(zip(known["run"], known["step"]))
-    rows, failures = known.to_dict("records"), 0
+    runs = [run for run in runs_in(options.runs) if run.args["script"] != "ppo" and policies(run)]
     for run in runs:
-        for policy_path in chosen_policies(run, options.checkpoints):
-            step = int(policy_path.stem.removeprefix("step_"))
-            if (run.folder.name, step) in done:
-                continue
-            try:
-                new = geometry_rows(run, load_policy(run, policy_path))
-            except UserError as error:
-                print(f"passed over: {error}", file=sys.stderr)
-                failures += 1
-                continue
-            rows += new
-            mean = {name: math.fsum(row[name] for row in new) / len(new) for name in COLUMNS[6:]}
-            print(
-                f"{run.folder.name} step {step}:", ", ".join(f"{name} {value:.4g}" for name, value in mean.items()), flush=True
-            )
-            pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
-    print(f"wrote {path} ({len(rows)} rows)")
-    for suite, name in (("pave-table-1", "surface_td3.png"), ("pave-table-2", "surface_sac.png")):
-        if draw_surfaces(suite, runs, options.output / "figures" / name):
-            print(f"wrote {options.output / 'figures' / name}")
-    if failures and not rows:
-        raise SystemExit("no policy could be measured")
+        networks, saved = Networks(run), policies(run)
+        envs = networks.script.make_envs(networks.args.env_id, networks.args.num_seeds * networks.args.eval_episodes)
+        extend(run.folder / "geometry.csv", networks, saved, lambda step: geometry_rows(networks, envs, step))
+        envs.close()
+        if (run.folder / "replay.pt").exists() and run.args["script"] in ("td3", "sac", "td3_ams", "sac_ams"):
+            replay = torch.load(run.folder / "replay.pt", weights_only=True, mmap=True)["rows"].flatten(1, 2)
+            extend(run.folder / "target_shift.csv", networks, saved, lambda step: target_shift_rows(networks, replay, step))
+    for env_id in dict.fromkeys(run.args["env_id"] for run in runs):
+        for backbone in ("td3", "sac"):
+            cells = {method: pave_cell(backbone, method, env_id) for method in PAVE_METHODS}  # Base first
+            shown = {method: run for method, cell in cells.items() for run in runs if is_of(run, cell)}
+            if shown:
+                draw_surfaces(env_id, backbone, shown, options.output)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except UserError as error:
-        print(f"geometry.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(tyro.cli(Options, description=__doc__))
