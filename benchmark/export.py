@@ -10,6 +10,7 @@ Their user needs onnxruntime, or torch, and nothing else; float32 observations [
     actions = torch.export.load("policy_seed3_step000050000.pt2").module()(torch.from_numpy(observations))
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ def export(run: Run) -> tuple[Path, Path]:
 
 
 def main(args: Args) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # warns of each torchvision operator if that is not installed
     torch.set_num_threads(1)
     run = load_run(args.run, args.seed, args.step)
     onnx, pt2 = export(run)

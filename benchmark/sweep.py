@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -132,12 +131,17 @@ def plan(cells: list[Cell], options: Options, runs: list[Run]) -> tuple[list[Tas
     return list(tasks.values()), complete
 
 
+# Runs a script, and asks it once to save and stop when stdin ends: the worker closed it or died, even killed. (PR_SET_PDEATHSIG
+# signals for every thread of a dying worker, and a script's second SIGTERM ends it unsaved.)
+GUARD = 'exec 3<&0; "$@" & script=$!; { cat <&3; kill $script 2>/dev/null; } & wait $script'
+
+
 def work(task: Task, num_threads: int) -> None:
     """Brings a task to its end, from wherever an earlier try left it. Runs on a Ray worker.
 
-    Raises ValueError for a mistake in the arguments (no use in a retry), RuntimeError for a fault. ray.cancel's
-    KeyboardInterrupt asks the script to save and stop; where the worker dies, the kernel does (setpriv). The script inherits
-    the locked file, so whoever comes next waits until it has ended: nothing is trained twice.
+    Raises ValueError for a mistake in the arguments (no use in a retry), RuntimeError for a fault, and what ray.cancel raises
+    once the script has saved. The script inherits the locked file, so whoever comes next waits until it has ended: nothing is
+    trained twice.
     """
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log.with_suffix(".lock"), "w") as lock, open(task.log, "a") as log:
@@ -152,18 +156,16 @@ def work(task: Task, num_threads: int) -> None:
             return
         command = [sys.executable, *task.command(run)]
         print(f"# {os.uname().nodename}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
-        if shutil.which("setpriv"):
-            command = ["setpriv", "--pdeathsig", "TERM", *command]
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        command = ["sh", "-c", GUARD, "sh", *command]
         script = subprocess.Popen(command, cwd=task.directory, env=environment, start_new_session=True, **streams)
         try:
             while script.poll() is None:
                 time.sleep(0.2)
         finally:
-            if script.poll() is None:
-                script.terminate()
-                script.wait()
+            script.stdin.close()
+            script.wait()
         run = task.find_run()
         if script.returncode == 0 and run and run.is_complete:
             return
@@ -173,7 +175,7 @@ def work(task: Task, num_threads: int) -> None:
 
 def start_ray(options: Options) -> float:
     """Connects to the cluster, or starts one here; returns the GPU share of a run."""
-    survive = {"RAY_kill_child_processes_on_worker_exit": "0"}  # a worker's script, which setpriv then asks to save
+    survive = {"RAY_kill_child_processes_on_worker_exit": "0"}  # scripts, which then save
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **survive}
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # or Ray copies this folder, runs/ and all, to every worker
     import ray
