@@ -104,7 +104,7 @@ def parse_args() -> Args:
     args = tyro.cli(Args, default=Args(**saved))
     for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
         if getattr(args, name, None) != saved.get(name):
-            fail(f"--resume {args.resume}: {name} was {saved[name]}")
+            fail(f"--resume {args.resume}: {name} was {saved.get(name)}")
     return args
 
 
@@ -336,8 +336,12 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
     """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
-    if not all(p.isfinite().all() for module in state.values() if isinstance(module, nn.Module) for p in module.parameters()):
-        sys.exit(f"step {step}: a network is not finite; the checkpoint in {folder} is from before")
+    for name, module in state.items():  # Adam's moments overflow before a network does
+        tensors = (
+            module.parameters() if isinstance(module, nn.Module) else (t for s in module.state.values() for t in s.values())
+        )
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
     states = {name: module.state_dict() for name, module in state.items()}
     write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
     if replay:
@@ -474,7 +478,8 @@ def train(args: Args) -> None:
         log_probs, values = actor.log_prob(mean, actions).unsqueeze(-1), critic(observations).unsqueeze(-1)
         return {"observations": observations, "actions": actions, "log_probs": log_probs, "values": values}
 
-    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    folder = Path(args.resume or f"runs/{name}")
     step, episodes = load_checkpoint(folder, state, None) if args.resume else (0, [])
     torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
     envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)

@@ -112,7 +112,7 @@ def parse_args() -> Args:
     args = tyro.cli(Args, default=Args(**saved))
     for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
         if getattr(args, name, None) != saved.get(name):
-            fail(f"--resume {args.resume}: {name} was {saved[name]}")
+            fail(f"--resume {args.resume}: {name} was {saved.get(name)}")
     return args
 
 
@@ -310,8 +310,12 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
     """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
-    if not all(p.isfinite().all() for module in state.values() if isinstance(module, nn.Module) for p in module.parameters()):
-        sys.exit(f"step {step}: a network is not finite; the checkpoint in {folder} is from before")
+    for name, module in state.items():  # Adam's moments overflow before a network does
+        tensors = (
+            module.parameters() if isinstance(module, nn.Module) else (t for s in module.state.values() for t in s.values())
+        )
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
     states = {name: module.state_dict() for name, module in state.items()}
     write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
     if replay:
@@ -419,7 +423,7 @@ def train(args: Args) -> None:
     actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critic.parameters())
     state = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
     state |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    replay = ReplayBuffer(S, N, [O, A, O, 1, 1], min(args.buffer_size // N, args.total_timesteps), device)
+    replay = ReplayBuffer(S, N, [O, A, O, 1, 1], max(1, min(args.buffer_size // N, args.total_timesteps)), device)
     first_critic = {name: weight[:, :1] for name, weight in critic.state_dict().items()}  # views, trained with it
 
     def next_values(next_observations: Tensor) -> Tensor:
@@ -476,7 +480,8 @@ def train(args: Args) -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be warmed up on the default stream
         update = capture(update)
 
-    folder = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    folder = Path(args.resume or f"runs/{name}")
     step, episodes = load_checkpoint(folder, state, replay) if args.resume else (0, [])
     torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
     envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -80,19 +78,23 @@ def serial_envs(makers: list, **mode) -> gym.vector.VectorEnv:
     return envs
 
 
+def make_args(path: str, **flags):
+    """The script's Args; flags that it lacks are left out."""
+    args = load_script(path).Args
+    return args(**{name: value for name, value in flags.items() if name in args.__dataclass_fields__})
+
+
 def train(path: str, batch: dict[str, torch.Tensor] | None = None, losses: list | None = None, **changes) -> dict:
-    """The script's own train() on Brief-v0, without a file: its args, modules and replay. Flags that it lacks are left out.
+    """The script's own train() on Brief-v0, without a file: its args, modules and replay.
 
     Every update gets batch, if any: the replay's columns by name, previous_observations last. losses collects the class of the
     network and the loss [S] of each gradient.
     """
     script, defaults = load_script(path), dict(env_id="Brief-v0", update_every=1, eval_episodes=1, cuda=False, compile=False)
-    known = {field.name for field in fields(script.Args)}
-    args = script.Args(**{name: value for name, value in (defaults | changes).items() if name in known})
-    kept = {"args": args}
+    kept = {"args": make_args(path, **defaults | changes)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gym.vector, "AsyncVectorEnv", serial_envs)
-        patch.setattr(signal, "signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
+        patch.setattr("signal.signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
         patch.setattr(script, "start_log", lambda *_: lambda *_: None)
         patch.setattr(script, "evaluate", lambda *_: [])
         patch.setattr(script, "save_checkpoint", lambda _, step, state, __, replay: kept.update(state, replay=replay))
@@ -103,5 +105,5 @@ def train(path: str, batch: dict[str, torch.Tensor] | None = None, losses: list 
         if losses is not None:
             compute, record = script.set_gradients, lambda loss, network: losses.append((type(network).__name__, loss.detach()))
             patch.setattr(script, "set_gradients", lambda *arguments: (record(*arguments), compute(*arguments)))
-        script.train(args)
+        script.train(kept["args"])
     return kept

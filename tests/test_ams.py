@@ -1,5 +1,7 @@
 """AMS: the sampled directions and the neighbourhood value (equations 6 and 9, theorem 3.3)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import load_script
@@ -28,8 +30,8 @@ def test_directions_are_orthonormal_and_haar(K, A):
 @pytest.mark.parametrize("A", [1, 2])
 def test_directions_where_a_draw_is_exactly_zero(A, monkeypatch):
     """A float32 Gaussian is 0 once in 10^7: with one action, a run of 100 000 updates meets that."""
-    randn = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: randn(*shape, **kwargs).index_fill(-1, torch.tensor(3), 0))
+    draw = {"randn": lambda *shape, **kwargs: torch.randn(*shape, **kwargs).index_fill(-1, torch.tensor(3), 0)}
+    monkeypatch.setattr(ams, "torch", SimpleNamespace(**vars(torch) | draw))
     directions = ams.sample_directions((10,), A, 2, CPU)
     assert directions.isfinite().all()
     norms = torch.ones(10, 2).index_fill(0, torch.tensor(3), 0)

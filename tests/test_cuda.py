@@ -1,14 +1,11 @@
 """The CUDA path: graphs, captured and compiled, and resuming; skipped where there is no GPU."""
 
-import signal
-import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, OFF_POLICY, load_script
+from conftest import ALL, OFF_POLICY, load_script, make_args
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 METHODS = ["td3_ams.py", "td3_pave.py", "sac_ams.py", "sac_pave.py"]
@@ -22,17 +19,14 @@ def weights(saved: dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path_factory):
     """run(path, **changes) -> (folder, checkpoint) of a real run on Brief-v0."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
-    small = dict(env_id="conftest:Brief-v0", num_envs=1, learning_starts=20, batch_size=32, update_every=1, eval_episodes=1)
-    small |= dict(num_steps=50, num_minibatches=4)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
+    small = dict(env_id="conftest:Brief-v0", num_envs=1, learning_starts=20, batch_size=32, update_every=1, num_steps=50)
 
     def run(path: str, **changes) -> tuple[Path, dict]:
-        monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path))
-        script = load_script(path)
-        known = {field.name for field in fields(script.Args)}
-        script.train(script.Args(**{name: value for name, value in (small | changes).items() if name in known}))
+        monkeypatch.chdir(tmp_path_factory.mktemp("run"))
+        load_script(path).train(make_args(path, **small | dict(eval_episodes=1, num_minibatches=4) | changes))
         folder = Path(changes.get("resume") or next(Path.cwd().glob("runs/*")))
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
         assert all(weight.isfinite().all() for weight in weights(checkpoint).values())

@@ -7,6 +7,7 @@ import torch
 from conftest import load_script, train
 from reference_pave import pave_losses as reference_losses
 from torch import nn
+from torch._inductor import config
 from torch.func import grad, hessian, vmap
 
 S, B, O, A = 2, 7, 5, 3  # seeds, batch, observation and action dimensions
@@ -70,11 +71,12 @@ def test_losses_and_their_gradients_are_the_references(critic, delta):
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("error:.*Dynamo")  # what it cannot trace
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_updates_are_the_eager_ones():
     """Several of train()'s updates, with all terms; in half a minute to two."""
     flags = dict(num_seeds=S, batch_size=16, learning_starts=4, total_timesteps=12, caps_temporal_weight=0.1)
-    with torch._inductor.config.patch(fallback_random=True):  # eager's random numbers
+    with config.patch(fallback_random=True):  # eager's random numbers
         eager, compiled = (train("td3_pave.py", **flags, compile=compile) for compile in (False, True))
     for name in ("actor", "critic", "target_actor", "target_critic"):
         parameters = [torch.cat([p.flatten() for p in run[name].parameters()]) for run in (compiled, eager)]

@@ -213,21 +213,21 @@ def test_alone_in_a_folder_and_tracked(tmp_path):
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = read_wandb(record)
     run = next(record.run for record in records if record.HasField("run"))
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    config = as_dict(run.config.update)
     assert (run.run_group, run.project, run.display_name) == ("faulty_envs:Cheap-v0__td3_pave", "smoothq", folder.name)
     assert (config["env_id"], config["total_timesteps"]) == ("faulty_envs:Cheap-v0", 40)
     assert {record.metric.step_metric for record in records if record.HasField("metric")} >= {"global_step"}
-    history = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
-    for name, series in read_scalars(folder).items():  # the names and steps of TensorBoard
+    history = [as_dict(record.history.item) for record in records if record.HasField("history")]
+    scalars = read_scalars(folder)
+    for name, series in scalars.items():  # the names and steps of TensorBoard
         assert {row["global_step"]: row[name] for row in history if name in row} == pytest.approx(series, rel=1e-5), name
-    summary = {}
-    for record in records:
-        summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
-    assert {"eval/return", "eval/smoothness", "charts/SPS"} <= summary.keys()
+    summary = as_dict(item for record in records for item in record.summary.update)
+    for name in ("eval/return", "eval/smoothness", "charts/SPS"):
+        assert summary[name] == pytest.approx(scalars[name][40], rel=1e-5)
+
+
+def as_dict(items) -> dict:
+    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
 
 
 def read_wandb(path: Path) -> list:

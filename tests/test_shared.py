@@ -122,11 +122,12 @@ def test_losses_are_the_papers(path, variant, monkeypatch):
             parameter.data += 0.02
         return network
 
-    parameter_list, directions = nn.ParameterList, torch.randn(S, B, 8, 2)
+    directions, draws = torch.randn(S, B, 8, 2), {"randn_like": lambda x: torch.full_like(x, 0.5)}
+    draws["randint_like"] = lambda x, high: torch.ones_like(x)
+    monkeypatch.setattr(script, "torch", SimpleNamespace(**vars(torch) | draws))
+    shifted = {"ParameterList": lambda values: nn.ParameterList([value - 0.5 for value in values])}  # alpha is not 1
+    monkeypatch.setattr(script, "nn", SimpleNamespace(**vars(nn) | shifted))
     monkeypatch.setattr(script, "deepcopy", perturbed_copy)
-    monkeypatch.setattr(nn, "ParameterList", lambda values: parameter_list([value - 0.5 for value in values]))  # alpha not 1
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.5))
-    monkeypatch.setattr(torch, "randint_like", lambda x, high: torch.ones_like(x))
     monkeypatch.setattr(script, "sample_directions", lambda shape, *_: directions[:, : shape[1]], raising=False)
     flags = dict(learning_rate=0.0, policy_lr=0.0, q_lr=0.0, tau=0.0, predictor_tau=0.0, num_seeds=S, batch_size=B, num_envs=1)
     flags |= dict(autotune=True, caps_temporal_weight=0.3, caps_spatial_weight=0.7, learning_starts=2, total_timesteps=3)

@@ -109,6 +109,7 @@ def test_a_script_that_refuses_its_arguments_is_not_retried(tmp_path, monkeypatc
         sweep.work(task, 1)
 
 
+@pytest.mark.slow
 def test_sweep_survives_kill_and_ctrl_c_and_trains_nothing_twice(tmp_path, monkeypatch):
     """SIGKILL to the driver; the same command, then Ctrl-C; the same command, then SIGKILL to Ray's worker; to the end."""
 
