@@ -334,7 +334,7 @@ def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]
             replay.filled.fill_(stored["rows"].shape[1] * replay.rows.shape[2])
         return saved["step"], saved["episodes"]
     except Exception as error:  # torch.load has half a dozen for a damaged file
-        fail(f"--resume {folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def capture(update: Callable) -> Callable:

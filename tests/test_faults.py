@@ -5,7 +5,6 @@ pytest tests/test_faults.py -m slow -s    the full counts, SAC and PPO too; prin
 """
 
 import hashlib
-import json
 import os
 import pickle
 import random
