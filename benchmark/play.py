@@ -91,6 +91,8 @@ def load_run(folder: Path, seed: int | None = None, step: int | None = None, fil
         env.unwrapped.render_kwargs = {"height": 480, "width": 640}  # dm_control's, whose own picture is a quarter of it
         if film:
             sys.unraisablehook = lambda _: None  # a renderer's __del__ fails, when half made and at exit
+            if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # HumanoidBench's render() is for an older one
+                env.unwrapped.render = lambda: renderer.render("rgb_array")
             env.reset()
             env.render()
     except Exception as error:  # EGL, OSMesa, MuJoCo and pygame each have their own
@@ -164,15 +166,14 @@ def plot(path: Path, runs: list[Run], results: list[tuple]) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # one observation at a time
-    runs = [load_run(folder, args.seed, args.step, args.film) for folder in (args.run, args.beside) if folder]
-    first = runs[0]
+    first, *others = runs = [load_run(path, args.seed, args.step, args.film) for path in (args.run, args.beside) if path]
     skip = (first.seed - first.args["seed"]) * first.args["eval_episodes"]  # as the scripts' start_seeds
     starts = np.random.SeedSequence([first.args["seed"], first.step, 1]).generate_state(skip + args.episodes)[skip:].tolist()
     results = [score(run, starts) for run in runs]
     for run, (_, scores) in zip(runs, results):
         print(f"{run.folder}: {run.args['env_id']}, seed {run.seed}, step {run.step}, {args.episodes} episodes")
         print("\n".join(f"  {name:18} {shown(values)}" for name, values in scores.items()))
-    name = "_beside_".join([f"play_seed{first.seed}_step{first.step:09d}", *(run.folder.name for run in runs[1:])])
+    name = "_beside_".join([f"play_seed{first.seed}_step{first.step:09d}", *(run.folder.name for run in others)])
     if args.plot:
         plot(first.folder / f"{name}.png", runs, results)
     if args.film:
