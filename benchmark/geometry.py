@@ -229,7 +229,9 @@ def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path
     figure, axes = plt.subplots(1, len(runs), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False)
     for axis, name, surface in zip(axes[0], runs, found):
         plane = np.meshgrid(x, y, indexing="ij")
-        axis.plot_surface(*plane, surface.clip(max=top), cmap="viridis", vmin=0, vmax=top, rcount=SIDE, ccount=SIDE, lw=0)
+        axis.plot_surface(
+            *plane, surface.clip(max=top), cmap="viridis", vmin=0, vmax=top, rcount=SIDE, ccount=SIDE, antialiased=False
+        )
         axis.set_title("Base" if name == "base" else name.upper(), y=0.98)
         axis.set(xlabel=f"state[{state_dim}]", ylabel=f"action[{action_dim}]", zlim=(0, top))
         axis.set(xticks=(-STATE_REACH, 0, STATE_REACH), yticks=(-ACTION_REACH, 0, ACTION_REACH))

@@ -206,11 +206,6 @@ def curves_of(data: pd.DataFrame) -> Curves:
     return {key: rows.pivot_table(index="env_step", columns="seed", values="value") for key, rows in groups}
 
 
-def counted_step(curve: pd.DataFrame) -> int:
-    """The step with the most seeds x steps: runs on their way do not hide those that are through."""
-    return int((curve.notna().sum(axis=1) * curve.index).idxmax())
-
-
 def interval(scores: np.ndarray, statistic: Callable) -> np.ndarray:
     """The 95 % interval [2, T] of statistic [T] of scores [seeds, 1, T], by rliable's stratified bootstrap."""
     np.random.seed(0)  # it draws from NumPy's generator: the same report twice
@@ -230,12 +225,16 @@ class Row(NamedTuple):
     num_envs: int
     total: int | None  # vector steps of the protocol
 
+    def last_step(self, curves: Curves, metric: str) -> int:
+        """The step with the most seeds x steps: runs on their way do not hide those that are through."""
+        curve = curves[self.name, self.env_id, metric if metric in (*GEOMETRY, *SHIFT) else "avg_return"]
+        return int((curve.notna().sum(axis=1) * curve.index).idxmax())
+
     def values(self, curves: Curves, metric: str, step: int | None = None) -> pd.Series:
         """By seed, at a step or the last one; of what training logs, means over the last tenth of the run."""
-        curve, evaluated = (curves.get((self.name, self.env_id, name)) for name in (metric, "avg_return"))
-        if curve is None or evaluated is None:
+        if (curve := curves.get((self.name, self.env_id, metric))) is None:
             return pd.Series(dtype=float)
-        at = step or counted_step(evaluated)
+        at = self.last_step(curves, metric) if step is None else step
         window = curve[(curve.index > 0.9 * at) & (curve.index <= at)] if metric in TRAINING else curve[curve.index == at]
         return window.mean().dropna()
 
@@ -251,6 +250,10 @@ def rows_of(table: Table, curves: Curves) -> list[Row]:
     live &= {cell.env_id for name, cell in named if (name, cell.env_id) in has_run}
     named = [(name, cell, cell_args(cell)) for name, cell in named if cell.env_id in live]
     return [Row(cell.method, name, cell.env_id, args.num_envs, args.total_timesteps) for name, cell, args in named]
+
+
+def label_of(metric: str) -> str:
+    return (metric if metric == "M_sup" else metric.replace("_", " ")) + BETTER.get(metric, "")
 
 
 def number(value: float) -> str:
@@ -282,7 +285,7 @@ def table_lines(table: Table, rows: list[Row], curves: Curves, printed: dict) ->
         mine = [text_of(row, table, metric, step, curves) for row, step in entries]
         paper = [printed.get((table.suite, row.method, row.env_id, metric, step), "") for row, step in entries]
         if any(mine):
-            columns.append([metric.replace("_", " ") + BETTER.get(metric, ""), *mine])
+            columns.append([label_of(metric), *mine])
             columns += [["paper", *paper]] if any(paper) else []
     if not columns:
         return []
@@ -292,11 +295,13 @@ def table_lines(table: Table, rows: list[Row], curves: Curves, printed: dict) ->
         place = [row.env_id if step is None else f"{row.env_id}, step {step:,}"]
         lines += [] if place in lines else [place]
         variant = f" ({row.method.split(':')[-1].replace('_', ' ')})" if ":" in row.method and names.count(row.name) > 1 else ""
-        counted, episodes = ["no run", ""], row.values(curves, "episodes", step)
-        if len(episodes):
-            steps = (step or counted_step(curves[row.name, row.env_id, "avg_return"])) // row.num_envs
-            of_total = f" of {row.total:,}" if row.total and not step and steps < row.total else ""
-            counted = [f"{len(episodes)} x {episodes.max():.0f}", f"{steps:,}{of_total}"]
+        counted = ["not measured" if (row.name, row.env_id, "avg_return") in curves else "no run", ""]
+        first = SCORES[0] if table.metrics[0] in TRAINING else table.metrics[0]
+        if len(values := row.values(curves, first, step)):
+            at = row.last_step(curves, first) if step is None else step
+            of_total = f" of {row.total:,}" if row.total and not step and at < row.total * row.num_envs else ""
+            episodes = row.values(curves, "episodes", at)[values.index].max()
+            counted = [f"{len(values)} x {episodes:.0f}", f"{at // row.num_envs:,}{of_total}"]
         lines.append([row.name + variant, *line, *counted])
     return lines
 
@@ -322,16 +327,12 @@ def curve_figure(path: Path, title: str, label: str, lines: list[tuple], ends: d
     """lines: (name, colour, dashes, curve): IQM over seeds with its 95 % interval. ends: the paper's final values, or None."""
     _, axis = plt.subplots(layout="constrained")
     for name, colour, dashes, curve in lines:
-        curve = curve.loc[:, curve.loc[counted_step(curve)].notna()].dropna()
+        curve = curve.loc[1:]  # without the untrained policy, which would fill the panel
+        curve = curve.loc[:, curve.loc[(curve.notna().sum(axis=1) * curve.index).idxmax()].notna()].dropna()
         scores = curve.T.to_numpy()[:, None, :]
-        axis.plot(curve.index / 1000, iqm(scores), color=colour, ls=dashes, label=name, lw=1.6)
+        axis.plot(curve.index / 1000, iqm(scores), color=colour, ls=dashes, label=name, lw=1.6, marker=".")
         if len(scores) > 1:
             axis.fill_between(curve.index / 1000, *interval(scores, iqm), color=colour, alpha=0.2, lw=0)
-    drawn = [(line.get_xdata(), line.get_ydata()) for line in axis.lines]
-    late = np.concatenate([y[x >= 0.2 * max(x)] for x, y in drawn])
-    height = np.ptp(late)
-    if not log and 0 < 2 * height < late.min() - min(min(y) for _, y in drawn):  # the untrained policy would fill the panel
-        axis.set_ylim(late.min() - height, late.max() + height)
     for colour, end in ends.items():
         if end:
             at_edge = {"transform": axis.get_yaxis_transform(), "clip_on": False}
@@ -361,7 +362,7 @@ def figures(table: Table, rows: list[Row], curves: Curves, printed: dict, peers:
         here = list({row.name: row for row in rows if row.env_id == env_id}.values())
         colours = colours_of([row.name for row in here] + [name for name, _, _ in peers])
         for row in here if table.metrics == SHIFT else ():  # a method a panel: its metrics are what is to be compared
-            found = [(metric.replace("_", " "), curves.get((row.name, env_id, metric))) for metric in SHIFT]
+            found = [(label_of(metric), curves.get((row.name, env_id, metric))) for metric in SHIFT]
             if found[0][1] is not None and len(found[0][1]) > 1:
                 lines = [(label, colour, "-", curve) for (label, curve), colour in zip(found, OTHER_COLOURS)]
                 path = folder / f"{table.name}_{row.name.replace(', ', '_').replace(' ', '_')}.png"
@@ -376,8 +377,8 @@ def figures(table: Table, rows: list[Row], curves: Curves, printed: dict, peers:
             rivals = [(name, curve.loc[:longest]) for (name, env, m), curve in peers.items() if (env, m) == (env_id, metric)]
             lines += [(name, colours[name], "--", curve) for name, curve in rivals if len(curve) > 1]
             ends = {colours[row.name]: printed.get((table.suite, row.method, env_id, metric, None)) for row, _ in found}
-            label, path = metric.replace("_", " ") + BETTER.get(metric, ""), folder / f"{table.name}_{env_id}_{metric}.png"
-            yield curve_figure(path, env_id, label, lines, ends, metric in LOGARITHMIC)
+            path = folder / f"{table.name}_{env_id}_{metric}.png"
+            yield curve_figure(path, env_id, label_of(metric), lines, ends, metric in LOGARITHMIC)
         if table.suite and "smoothness" in table.metrics:
             yield plane_figure(folder / f"{table.name}_{env_id}_plane.png", here, table, curves, printed)
 

@@ -53,8 +53,7 @@ def test_derivatives_are_those_of_autograd():
         torch.testing.assert_close(mixed[index], hessian[1][0])
         torch.testing.assert_close(curvature[index], hessian[1][1])
     actions.requires_grad_()
-    (expected,) = torch.autograd.grad(critic(observations[None], actions[None])[0, 0].sum(), actions)
-    torch.testing.assert_close(gradients, expected)
+    torch.testing.assert_close(gradients, *torch.autograd.grad(critic(observations[None], actions[None])[0, 0].sum(), actions))
 
 
 def test_geometry_of_a_quadratic_critic():
@@ -74,9 +73,8 @@ def test_geometry_of_a_quadratic_critic():
 
 def test_target_shift_of_a_quadratic_critic():
     A, curvature = 12, 3.0
-    slope = torch.linspace(0, 1, A)
     torch.manual_seed(0)
-    observations = torch.randn(256, 1)
+    slope, observations = torch.linspace(0, 1, A), torch.randn(256, 1)
 
     def value(o, a):
         return o[:, 0] + a @ slope - curvature / 2 * a.square().sum(1)
@@ -93,8 +91,7 @@ def test_target_shift_of_a_quadratic_critic():
 
 def test_iqm_is_rliables():
     scores = np.random.default_rng(0).normal(size=(7, 1, 5))
-    expected = [metrics.aggregate_iqm(scores[:, :, t]) for t in range(5)]
-    assert report.iqm(scores) == pytest.approx(np.array(expected))
+    assert report.iqm(scores) == pytest.approx(np.array([metrics.aggregate_iqm(scores[:, :, t]) for t in range(5)]))
 
 
 def test_every_cell_of_the_papers_has_its_figures():
@@ -131,8 +128,7 @@ def test_a_table_counts_the_right_runs_and_steps(tmp_path):
     pave = lines_of(tmp_path / "report", "pave_td3")
     assert pave["PAVE-TD3"][0].startswith("4 ± 2.24")  # over all four episodes: sqrt(5)
     assert pave["PAVE-TD3"][2].startswith("0.05 ± 0.05") and pave["PAVE-TD3"][-1] == "100,000"
-    assert pave["Base-TD3"] == ["", "-168.7 ± 77.9", "", "1.59 ± 0.571", "no run", ""]
-    assert "**Walker2d-v5**" not in pave
+    assert pave["Base-TD3"] == ["", "-168.7 ± 77.9", "", "1.59 ± 0.571", "no run", ""] and "**Walker2d-v5**" not in pave
     text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
     assert "critic's geometry" not in text and "mine" in lines_of(tmp_path / "report", "other_runs")
     assert "Pendulum-v1__base__1: sigma 0.5" in page and "Pendulum-v1__pave__1:" not in page
