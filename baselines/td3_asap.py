@@ -196,7 +196,7 @@ def set_gradients(loss: Tensor, network: nn.Module) -> None:
     """What loss.sum().backward() does, for one network and in a form that torch.compile takes. loss [S]: no two seeds meet."""
     parameters = list(network.parameters())
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss.sum(), parameters)):
-        parameter.grad = gradient.contiguous()  # Adam's fused kernel does not look at strides
+        parameter.grad = gradient.contiguous().as_strided(parameter.shape, parameter.stride())  # as Adam's fused kernels ask
 
 
 @torch.no_grad()
