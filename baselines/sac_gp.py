@@ -172,18 +172,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return affine(x, self.weight, self.bias)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias, as one batched product."""
-    stack, (in_features, out_features) = weight.shape[:-2], weight.shape[-2:]
-    if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
-        return (x * weight.mT).sum(-1, keepdim=True) + bias
-    x, weight, bias = x.expand(*stack, *x.shape[-2:]).flatten(0, -3), weight.flatten(0, -3), bias.flatten(0, -3)
-    if 2 * out_features < in_features:  # and few columns four times as long as so many rows
-        return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
-    return torch.baddbmm(bias, x, weight).unflatten(0, stack)
+        *stack, in_features, out_features = self.weight.shape
+        if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        x, weight, bias = (t.expand(*stack, *t.shape[-2:]).flatten(0, -3) for t in (x, self.weight, self.bias))
+        if 2 * out_features < in_features:  # and few columns four times as long as so many rows
+            return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
+        return torch.baddbmm(bias, x, weight).unflatten(0, stack)
 
 
 def set_gradients(loss: Tensor, network: nn.Module) -> None:
@@ -317,13 +312,10 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
     """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
-    for name, module in state.items():  # Adam's moments overflow before a network does
-        tensors = (
-            module.parameters() if isinstance(module, nn.Module) else (t for s in module.state.values() for t in s.values())
-        )
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
     states = {name: module.state_dict() for name, module in state.items()}
+    for name, saved in states.items():  # Adam's moments overflow before a network does
+        if not all(leaf.isfinite().all() for leaf in torch.utils._pytree.tree_leaves(saved) if isinstance(leaf, Tensor)):
+            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
     write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
     if replay:
         rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
@@ -360,9 +352,8 @@ def capture(update: Callable) -> Callable:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 graphs[update_actor] = graph, update(update_actor)
-        graph, metrics = graphs[update_actor]
-        graph.replay()
-        return metrics
+        graphs[update_actor][0].replay()
+        return graphs[update_actor][1]
 
     return captured_update
 
@@ -376,9 +367,8 @@ def start_log(folder: Path, args: Args, step: int) -> Callable:
     if args.track:
         import wandb
 
-        identity = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
-        group = f"{args.env_id}__{args.exp_name}"
-        wandb.init(**identity, group=group, resume="allow", config=asdict(args), save_code=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
+        wandb.init(**names, group=f"{args.env_id}__{args.exp_name}", resume="allow", config=asdict(args), save_code=True)
         wandb.define_metric("*", step_metric="global_step")
     print(folder, flush=True)
     shown, last = {}, [step, time.perf_counter()]
@@ -402,7 +392,7 @@ STOP = []  # when SIGINT or SIGTERM asked to save and stop
 
 
 def request_stop(number: int, _) -> None:
-    if STOP and time.monotonic() > STOP[0] + 1:  # sooner it is the same request: uv forwards what the terminal sent to both
+    if STOP and number == signal.SIGINT and time.monotonic() > STOP[0] + 1:  # sooner it is one request, that uv sent on
         os._exit(128 + number)
     STOP.append(time.monotonic())
     os.write(2, b"\nsaving, then stopping; again to stop at once\n")
@@ -504,10 +494,10 @@ def train(args: Args) -> None:
         if (step % args.eval_every == 0 or at_end) and not (episodes and episodes[-1][0] == step):
             if rows := evaluate(policy, eval_envs, args, step, action_box):
                 episodes += rows
-                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
-                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
                 networks = {"actor": actor.state_dict(), "critic": critic.state_dict()}
                 write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, networks))
+                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
+                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
                 means = np.mean(rows, 0)
                 log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
         if step % args.save_every == 0 or at_end or STOP:
@@ -515,10 +505,7 @@ def train(args: Args) -> None:
         if at_end or STOP:
             break
 
-        if step < args.learning_starts:
-            actions = 2 * torch.rand(S * N, A).numpy() - 1
-        else:
-            actions = policy(observations, explore=True)
+        actions = policy(observations, explore=True) if step >= args.learning_starts else 2 * torch.rand(S * N, A).numpy() - 1
         envs.step_async(actions)
         if replay.steps >= args.learning_starts and step % args.update_every == 0:  # while the environments step
             for _ in range(args.update_every):
