@@ -39,6 +39,10 @@ class Args:
     plot: bool = False  # a png: actions, their spectrum, the score
     track: bool = False  # upload the film to the run's own Weights & Biases page
 
+    def __post_init__(self):
+        if self.episodes < 1:
+            raise ValueError(f"--episodes {self.episodes}: at least 1")
+
 
 def fail(message: str) -> NoReturn:
     """A user's mistake: one line, exit status 2."""
@@ -134,9 +138,11 @@ def shown(values: np.ndarray) -> str:
 
 def film(path: Path, runs: list[Run], start: int) -> None:
     """An episode of each, side by side; the one that ends first stays on its last frame."""
-    with imageio.get_writer(path, fps=1 / runs[0].dt, macro_block_size=2) as writer:
+    part = path.with_suffix(".part.mp4")
+    with imageio.get_writer(part, fps=1 / runs[0].dt, macro_block_size=2) as writer:
         for _ in zip_longest(*(episode(run, start) for run in runs)):
             writer.append_data(np.hstack([run.env.render() for run in runs]))
+    part.replace(path)
     print(path)
 
 
@@ -167,6 +173,8 @@ def plot(path: Path, runs: list[Run], results: list[tuple]) -> None:
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # one observation at a time
     first, *others = runs = [load_run(path, args.seed, args.step, args.film) for path in (args.run, args.beside) if path]
+    if any(run.args["env_id"] != first.args["env_id"] for run in others):
+        fail(f"{args.beside} is of another environment than {args.run}")
     skip = (first.seed - first.args["seed"]) * first.args["eval_episodes"]  # as the scripts' start_seeds
     starts = np.random.SeedSequence([first.args["seed"], first.step, 1]).generate_state(skip + args.episodes)[skip:].tolist()
     results = [score(run, starts) for run in runs]

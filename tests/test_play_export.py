@@ -94,6 +94,10 @@ def test_where_nothing_renders(trained, tmp_path):
     process = run_script("benchmark/play.py", tmp_path, "--film", cwd=tmp_path, MUJOCO_GL="disabled")
     assert process.returncode == 2 and "MUJOCO_GL=egl and libegl1" in process.stderr
     assert process.stderr.count("\n") == 1 and not [*tmp_path.glob("*.mp4")]
+    process = run_script("benchmark/play.py", trained("baselines/td3.py"), tmp_path, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.endswith(
+        f"is of another environment than {trained('baselines/td3.py')}\n"
+    )
 
 
 @pytest.mark.parametrize("script", ["td3_pave.py", "baselines/sac_asap.py", "baselines/ppo.py"])
