@@ -247,7 +247,7 @@ def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path
 
 @dataclass
 class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # runs, or folders of runs
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # runs, or folders of runs
     output: Path = Path("report")  # where the surface figures go
 
     def __post_init__(self):
