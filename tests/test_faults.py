@@ -171,9 +171,9 @@ def test_environment_misbehaves_in_an_evaluation(path, env, tmp_path):
 @pytest.mark.parametrize("log_every", [10, 10**6])
 def test_numbers_overflow(path, env, log_every, tmp_path):
     """A loss or a network, noticed by the log or by the checkpoint; what was saved before is finite."""
-    run = start(path, tmp_path, env, log_every=log_every, total_timesteps=100).wait(1)
+    run = start(path, tmp_path, env, log_every=log_every, total_timesteps=100, save_every=25).wait(1)
     assert "not finite" in run.errors
-    assert check_goes_on(path, only_run(tmp_path)) >= GOOD_STEPS // 20 * 20
+    assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS  # a replay saved later would hold such rewards
     survived[f"a number overflows: {env}"] += 1
 
 
