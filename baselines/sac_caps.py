@@ -83,6 +83,8 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
 
 
+EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
+STOP = []  # when SIGINT or SIGTERM asked to save and stop
 SETTINGS: dict[str, dict] = {  # defaults by environment
     "LunarLander-v3": dict(total_timesteps=500_000),
     "Reacher-v5": dict(total_timesteps=500_000),
@@ -138,14 +140,10 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
     name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
-    if env_id.startswith("h1-"):
-        import humanoid_bench  # noqa: F401, registers its environments; README.md says how to get it
-
-        name, kwargs = env_id.replace("h1-sit", "h1-sit_simple") + "-v0", {"render_mode": None} | kwargs  # no window
+    if env_id.startswith("h1-"):  # README.md says how to get it
+        name, kwargs = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0", {"render_mode": None} | kwargs  # no window
     elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
-        import shimmy  # noqa: F401
-
-        name = f"dm_control/{env_id}-v0"
+        name = f"shimmy:dm_control/{env_id}-v0"
     env = gym.make(name, disable_env_checker=True, **kwargs)
     if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
         env = gym.wrappers.FlattenObservation(env)
@@ -274,9 +272,6 @@ def smoothness(actions: np.ndarray) -> float:
     return float((2 / T * (np.arange(T // 2) / T) @ spectrum).mean())
 
 
-EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
-
-
 def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[tuple]:
     """An episode of the deterministic policy in each environment: rows of EVAL_COLUMNS, none if told to stop meanwhile.
 
@@ -390,9 +385,6 @@ def start_log(folder: Path, args: Args, step: int) -> Callable:
     return log
 
 
-STOP = []  # when SIGINT or SIGTERM asked to save and stop
-
-
 def request_stop(number: int, _) -> None:
     if STOP and number == signal.SIGINT and time.monotonic() > STOP[0] + 1:  # sooner it is one request, that uv sent on
         os._exit(128 + number)
@@ -412,7 +404,7 @@ def train(args: Args) -> None:
     try:
         env = make_env(args.env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {args.env_id}: {error}" + "; how to install it: README.md" * isinstance(error, ImportError))
+        fail(f"--env-id {args.env_id}: {error}" + " (how to install it: README.md)" * isinstance(error, ImportError))
     (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
 
     torch.manual_seed(args.seed)
