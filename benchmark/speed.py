@@ -6,11 +6,11 @@
     python benchmark/speed.py "baselines/td3.py --num-seeds 5" "td3_pave.py --env-id blind_env:Blind-17-6-v0"
     python benchmark/speed.py --profile "td3_ams.py --env-id dog-run"      # where an iteration's time goes
 
-A command is a Python script with its flags, from the repository's root or any other that prints "step 500/...",
-"global_step=500" or a tqdm bar. Every process is held to the same --cores; rounds are interleaved and the median counts. The
-clock runs between the first two such lines at or after --settle and --settle + --steps, so neither start nor compilation is in
-it. The libraries have their own defaults but the same environment, networks (256, 256), batch (256) and one update a step. Run
-it on a machine that does nothing else. Each process's rate is appended to --output as a row.
+A command is a Python script with its flags, from the repository's root or any other, that prints "step 500/...",
+"global_step=500", a tqdm bar or CleanRL's "SPS:". Every process is held to the same --cores; rounds are interleaved and the
+median counts. The clock runs between the first two such lines at or after --settle and --settle + --steps, so neither start nor
+compilation is in it. The libraries have their own defaults but the same environment, networks (256, 256), batch (256) and one
+update a step. Run it on a machine that does nothing else. Each process's rate is appended to --output as a row.
 """
 
 import csv
@@ -110,7 +110,7 @@ def time_command(command: str, options: Options) -> float:
     folders = f"{ROOT}/benchmark{os.pathsep}{options.peers and options.peers.resolve()}/cleanrl"
     environment = {**os.environ, "PYTHONPATH": folders, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled"}
     environment |= {"OMP_NUM_THREADS": str(options.cores), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    first, rate, said = None, None, deque(maxlen=1)
+    first, rate, said, hundreds = None, None, deque(maxlen=1), 0
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen([sys.executable, str(path), *flags], cwd=folder, env=environment, **pipes)
@@ -119,7 +119,8 @@ def time_command(command: str, options: Options) -> float:
         killer.start()
         for line in process.stdout:
             now, match = time.perf_counter(), re.search(r"(?:\bstep |global_step=)(\d+)|(\d+)/\d+ \[", line)  # tqdm's: LeanRL
-            step = int(match[1] or match[2]) if match else -1
+            hundreds += line.startswith("SPS:")  # CleanRL's, where gymnasium is newer than its own
+            step = int(match[1] or match[2]) if match else 100 * hundreds * line.startswith("SPS:")
             said.append(line.strip())
             if first is None and step >= options.settle:
                 first = step, now
