@@ -391,7 +391,7 @@ def train(args: Args) -> None:
         libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    os.environ["MUJOCO_GL"] = "disabled"  # nothing is rendered here, and EGL may bring an LLVM that crashes Triton
+    os.environ["MUJOCO_GL"] = "disabled"  # nothing is rendered; EGL can load an LLVM that crashes Triton
     try:
         env = make_env(args.env_id)
     except (gym.error.Error, ImportError, ValueError) as error:
