@@ -362,9 +362,8 @@ def figures(table: Table, rows: list[Row], curves: Curves, printed: dict, peers:
         here = list({row.name: row for row in rows if row.env_id == env_id}.values())
         colours = colours_of([row.name for row in here] + [name for name, _, _ in peers])
         for row in here if table.metrics == SHIFT else ():  # a method a panel: its metrics are what is to be compared
-            found = [(metric, curves.get((row.name, env_id, metric))) for metric in SHIFT]
-            found = [(label_of(metric), curve) for metric, curve in found if curve is not None and len(curve) > 1]
-            if found:
+            found = [(label_of(metric), curves.get((row.name, env_id, metric))) for metric in SHIFT]
+            if found[0][1] is not None and len(found[0][1]) > 1:
                 lines = [(label, colour, "-", curve) for (label, curve), colour in zip(found, OTHER_COLOURS)]
                 path = folder / f"{table.name}_{row.name.replace(', ', '_').replace(' ', '_')}.png"
                 yield curve_figure(path, f"{row.name}, {env_id}", "value", lines, {}, True)
