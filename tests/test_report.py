@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import tyro
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 pytest.importorskip("rliable", reason="the benchmark extra is not installed: uv run --extra benchmark pytest")
 sys.path.insert(0, str(ROOT / "benchmark"))
 import geometry
+import pandas as pd
 import report
 from rliable import metrics
 from suites import SUITES, cell_args, load_script
