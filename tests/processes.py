@@ -99,7 +99,7 @@ class Run:
 
     def wait(self, *status: int, timeout: float = 240) -> "Run":
         """Its end, with one of these exit statuses, and the end of all that it started."""
-        self.until(lambda: not self.running(), timeout)
+        self.until(lambda: not self.running(), timeout, ended=True)
         self.until(lambda: not self.session(), 5, ended=True)
         assert self.status in status, f"{self.status}: {self.output}{self.errors}"
         return self
