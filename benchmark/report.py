@@ -313,7 +313,7 @@ def colours_of(names: list[str]) -> dict[str, str]:
 
 def save_figure(path: Path, axis: plt.Axes, title: str) -> Path:
     figure, handles = axis.figure, dict(zip(*axis.get_legend_handles_labels()[::-1]))
-    columns = 1 if max(map(len, handles)) > 26 else 2
+    columns = 1 if max(map(len, handles)) > 22 else 2
     figure.set_size_inches(4.6, 3.5 + 0.2 * len(handles) / columns)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
