@@ -1,167 +1,117 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<3", "numpy>=1.26,<3", "gymnasium[mujoco,box2d]>=1.1,<2", "mujoco>=3.1.6,<4",
-#     "dm_control>=1.0.20,<2", "shimmy>=2.0,<3", "tyro>=0.9,<2", "tensorboard>=2.17,<3", "wandb>=0.18,<1"]
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "torch>=2.11,<3",
+#     "numpy>=1.26,<3",
+#     "gymnasium[mujoco]>=1.1,<2",
+#     "box2d>=2.3.10; sys_platform != 'linux' or platform_machine == 'x86_64'",
+#     "pygame-ce>=2.1.3",
+#     "mujoco>=3.1.6,<4",
+#     "dm_control>=1.0.20,<2",
+#     "shimmy>=2.0,<3",
+#     "psutil>=5.9,<8",
+#     "tyro>=0.9,<2",
+#     "tqdm>=4.66,<5",
+#     "tensorboard>=2.17,<3",
+#     "wandb>=0.18,<1",
+# ]
 # ///
-"""TD3 with spectral normalisation of every layer of the critic: SN-Critic of the PAVE paper (Miyato et al. 2018).
+"""TD3 with spectral normalisation of every layer of the critic: SN-Critic of the PAVE paper.
 
-    weight -> weight / ||weight||_2, by one power iteration an update    (the losses are TD3's)
+    weight -> weight / ||weight||_2, by one power iteration an update (Miyato et al. 2018); the losses are TD3's
 
 The target critic iterates its own vectors; the paper's source would leave them as they were at the start.
 
-The protocol is the PAVE paper's. The rest is TD3: diff baselines/td3.py baselines/td3_sn.py.
+The protocol is the PAVE paper's. The rest is TD3; to see what is not: `diff baselines/td3.py baselines/td3_sn.py`.
 
     python baselines/td3_sn.py --env-id Walker2d-v5
 
-Shapes: S seeds trained side by side, N environments a seed, B batch, O observation, A action; an axis of 2 is the twin critics.
-Actions are in [-1, 1] everywhere but inside the environments.
+Letters in shapes: S seeds, trained side by side; N environments of each; B rows of a batch; O and A, the sizes of an
+observation and an action; H hidden units; a 2 is the pair of critics. Actions are in [-1, 1] everywhere outside the
+environments.
 """
 
+import csv
 import ctypes
+import io
 import json
 import multiprocessing
 import os
+import random
 import re
-import shutil
+import shlex
 import signal
 import sys
-import sysconfig
 import time
+import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem  # a part of the run's folder name
-    env_id: str = "Walker2d-v5"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench (h1-walk)
+    env_id: str = "Walker2d-v5"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
+    env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
     num_seeds: int = 1  # S, independent seeds trained side by side
-    num_envs: int = 1  # N, parallel environments a seed
-    total_timesteps: int = 1_000_000  # vector steps: each advances every environment and makes one update
+    num_envs: int = 1  # N, parallel environments of each seed
+    total_timesteps: int = 1_000_000  # vector steps: each advances every environment
+    runs_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
     cuda: bool = True  # use the GPU where there is one
-    compile: bool = True  # torch.compile the updates (with CUDA, one graph each): half a minute at first, faster after it
-    log_every: int = 500  # vector steps between two lines of the log
+    compile: bool = True  # torch.compile the updates, on a GPU as one CUDA graph: half a minute at first
+    log_every: int = 500  # vector steps between two points of the log
     eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
+    eval_episodes: int = 10  # of each seed
     save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
     save_replay: bool = True  # with the checkpoint, so that a resumed run goes on where it was
-    eval_episodes: int = 10  # a seed
 
     learning_rate: float = 1e-3  # of actor and critic
-    buffer_size: int = 1_000_000  # transitions a seed
+    buffer_size: int = 1_000_000  # transitions of each seed
     batch_size: int = 256
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
+    update_every: int = 1  # vector steps between two rounds of updates; a round has as many
     exploration_noise: float = 0.1  # standard deviation
     policy_frequency: int = 2  # updates of the critic for each of the actor and the targets
     policy_noise: float = 0.2  # standard deviation of the noise on the target action
-    noise_clip: float = 0.5
+    noise_clip: float = 0.5  # its bound
 
-    def __post_init__(self):  # tyro makes a message and exit status 2 of a ValueError
-        for name, value in vars(self).items():
-            low = type(value) is int and name != "seed"
-            high = 1 if name in ("learning_rate", "gamma", "tau") else 2**32
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
+    def __post_init__(self):
+        check_args(self, may_be_zero=(), at_most_one=("learning_rate", "gamma", "tau"))
 
 
-EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
-STOP = []  # when SIGINT or SIGTERM asked to save and stop
-SETTINGS: dict[str, dict] = {  # defaults by environment
-    "LunarLander-v3": dict(total_timesteps=500_000, gamma=0.98, buffer_size=200_000),
-    "Reacher-v5": dict(total_timesteps=500_000),
-    "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.98, buffer_size=200_000),
+SETTINGS = {  # defaults that go by the environment
+    "LunarLander-v3": {"total_timesteps": 500_000, "gamma": 0.98, "buffer_size": 200_000},
+    "Reacher-v5": {"total_timesteps": 500_000},
+    "Pendulum-v1": {"total_timesteps": 100_000, "gamma": 0.98, "buffer_size": 200_000},
 }
 
 
-def fail(message: str) -> None:
-    """A user's mistake: one line, exit status 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args() -> Args:
-    """The command line, over the arguments of the run to resume or over SETTINGS."""
-    args = tyro.cli(Args)
-    saved = SETTINGS.get(args.env_id, {})
-    if args.resume:
-        try:
-            saved = json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume}
-            if saved.pop("script") != Path(__file__).stem:
-                raise ValueError("it is another one's")
-            Args(**saved)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"--resume {args.resume}: no run of this script ({error})")
-    args = tyro.cli(Args, default=Args(**saved))
-    for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
-        if getattr(args, name, None) != saved.get(name):
-            fail(f"--resume {args.resume}: {name} was {saved.get(name)}")
-    return args
-
-
-class LeanEnv(gym.Wrapper):
-    """Float32 observations and no infos: what the trainer does not read is not sent between processes."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-
-    def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0].astype(np.float32), {}
-
-    def step(self, action):
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation.astype(np.float32), reward, terminated, truncated, {}
-
-
-def make_env(env_id: str, **kwargs) -> gym.Env:
-    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error where it cannot be had."""
-    if multiprocessing.parent_process():  # in a worker: signals are for the trainer, which ends its workers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
-    name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
-    if env_id.startswith("h1-"):  # README.md says how to get it
-        name, kwargs = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0", {"render_mode": None} | kwargs  # no window
-    elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
-        name = f"shimmy:dm_control/{env_id}-v0"
-    env = gym.make(name, disable_env_checker=True, **kwargs)
-    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        env = gym.wrappers.FlattenObservation(env)
-    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in (env.observation_space, env.action_space)):
-        raise gym.error.Error(f"observations and actions must be real vectors: {env.observation_space}, {env.action_space}")
-    return LeanEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-
-
-def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
-    """Several environments have a process each. Where an episode ended, infos["final_obs"] has its last observation."""
-    makers, mode = [partial(make_env, env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
-    if num_envs > 1:
-        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
-    envs, pending = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode), []
-    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
-    return envs
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 class Linear(nn.Module):
-    """One linear layer for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
+    """nn.Linear for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
 
     def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int):
         super().__init__()
@@ -170,26 +120,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        *stack, in_features, out_features = self.weight.shape
-        if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
+        if self.weight.shape[-1] == 1:  # a matrix product with a single column takes a CPU seven times as long
             return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        x, weight, bias = (t.expand(*stack, *t.shape[-2:]).flatten(0, -3) for t in (x, self.weight, self.bias))
-        if 2 * out_features < in_features:  # and few columns four times as long as so many rows
-            return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
-        return torch.baddbmm(bias, x, weight).unflatten(0, stack)
-
-
-def set_gradients(loss: Tensor, network: nn.Module) -> None:
-    """What loss.sum().backward() does, for one network and in a form that torch.compile takes. loss [S]: no two seeds meet."""
-    parameters = list(network.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss.sum(), parameters)):
-        parameter.grad = gradient.contiguous().as_strided(parameter.shape, parameter.stride())  # as Adam's fused kernels ask
-
-
-@torch.no_grad()
-def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau online."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+        return x @ self.weight + self.bias
 
 
 class SpectralLinear(Linear):
@@ -237,7 +170,8 @@ class Critic(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]."""
-        x = F.silu(self.fc1(torch.cat([observations, actions], -1).unsqueeze(1)))
+        x = torch.cat([observations, actions], -1).unsqueeze(1)
+        x = F.silu(self.fc1(x))
         x = F.silu(self.fc2(x))
         return self.fc_q(x).squeeze(-1)
 
@@ -246,297 +180,806 @@ class Critic(nn.Module):
             layer.power_iteration()
 
 
-class ReplayBuffer:
-    """The last transitions of each seed, on the training device: a ring of vector steps, rows [S, capacity, N, width]."""
+# ---------------------------------------------------------------------------------------------------------------- agent
 
-    def __init__(self, S: int, N: int, widths: list[int], capacity: int, device: torch.device):
+
+class Batch(NamedTuple):
+    """Transitions: what the replay stores, and a sample of it."""
+
+    observations: Tensor  # [S, B, O]
+    actions: Tensor  # [S, B, A]
+    next_observations: Tensor  # [S, B, O], of the same episode
+    rewards: Tensor  # [S, B]
+    terminations: Tensor  # [S, B], 1 where the episode terminated; a truncated one bootstraps
+
+
+class Agent:
+    """The networks of S seeds, their losses and one step of learning."""
+
+    def __init__(self, args: Args, O: int, A: int, device: torch.device):
+        self.args = args
+        self.device = device
+        self.actor = Actor(args.num_seeds, O, A).to(device)
+        self.critic = Critic(args.num_seeds, O, A).to(device)
+        # the first twin's weights: views, which are trained with the critic
+        self.first_critic = {name: weight[:, :1] for name, weight in self.critic.state_dict().items()}
+        self.target_actor = deepcopy(self.actor).requires_grad_(False)
+        for _ in range(50):  # until it has the norms of the initial weights
+            self.critic.power_iteration()
+        self.target_critic = deepcopy(self.critic).requires_grad_(False)
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = adam(self.actor.parameters())
+        self.critic_optimizer = adam(self.critic.parameters())
+
+    def act(self, observations: Tensor, explore: bool) -> Tensor:
+        """observations [S, B, O] -> actions [S, B, A]."""
+        actions = self.actor(observations)
+        if explore:
+            noise = self.args.exploration_noise * torch.randn_like(actions)
+            actions = (actions + noise).clamp(-1, 1)
+        return actions
+
+    def next_values(self, next_observations: Tensor) -> Tensor:
+        """The value of the next state, [S, B, O] -> [S, B]."""
+        args = self.args
+        next_actions = self.target_actor(next_observations)
+        noise = (args.policy_noise * torch.randn_like(next_actions)).clamp(-args.noise_clip, args.noise_clip)
+        return self.target_critic(next_observations, (next_actions + noise).clamp(-1, 1)).amin(1)
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The squared TD errors of both critics [S], and what to log."""
+        self.critic.power_iteration()
+        self.target_critic.power_iteration()
+        with torch.no_grad():
+            next_values = self.next_values(batch.next_observations)
+            targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values
+        values = self.critic(batch.observations, batch.actions)  # [S, 2, B]
+        loss = (values - targets.unsqueeze(1)).square().mean(2).sum(1)
+        metrics = {"losses/qf_loss": loss, "losses/qf_values": values, "diagnostics/td_target_variance": targets.var(1)}
+        return loss, metrics
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Minus the first critic's value of the actor's actions [S], and what to log."""
+        actions = self.actor(batch.observations)
+        values = torch.func.functional_call(self.critic, self.first_critic, (batch.observations, actions))  # [S, 1, B]
+        loss = -values.mean((1, 2))
+        return loss, {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
+
+    def critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
+        loss, metrics = self.critic_loss(batch)
+        metrics["diagnostics/critic_grad_norm"] = set_gradients(loss, self.critic)
+        return detached(metrics)
+
+    def actor_gradients(self, batch: Batch) -> dict[str, Tensor]:
+        loss, metrics = self.actor_loss(batch)
+        set_gradients(loss, self.actor)
+        return detached(metrics)
+
+    def compile(self) -> None:
+        torch.compiler.reset()  # without guards a second agent in this process would get the first one's graphs
+        self.critic_gradients = compile_gradients(self.critic_gradients, self.device)
+        self.actor_gradients = compile_gradients(self.actor_gradients, self.device)
+
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:
+        """One step of learning; returns what to log."""
+        metrics = self.critic_gradients(batch)
+        self.critic_optimizer.step()
+        if update_actor:
+            metrics |= self.actor_gradients(batch)
+            self.actor_optimizer.step()
+            polyak_update(self.target_actor, self.actor, self.args.tau)
+            polyak_update(self.target_critic, self.critic, self.args.tau)
+        return metrics
+
+    def state(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint holds, by name."""
+        return {
+            "actor": self.actor,
+            "critic": self.critic,
+            "target_actor": self.target_actor,
+            "target_critic": self.target_critic,
+            "actor_optimizer": self.actor_optimizer,
+            "critic_optimizer": self.critic_optimizer,
+        }
+
+
+def action_saturation(actions: Tensor) -> Tensor:
+    """The share of components beyond 0.98, [S, B, A] -> [S]; where it nears 1 a tanh actor has no gradient left."""
+    return (actions.detach().abs() > 0.98).float().mean((1, 2))
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: metric.detach() for name, metric in metrics.items()}
+
+
+def set_gradients(loss: Tensor, network: nn.Module) -> Tensor:
+    """What loss.sum().backward() does for one network, in a form that torch.compile takes; returns their norm [S].
+
+    loss [S]: no term couples two seeds, so that the sum gives each its own gradient.
+    """
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(loss.sum(), parameters)
+    for parameter, gradient in zip(parameters, gradients):  # Adam's fused kernel wants the parameter's own strides
+        parameter.grad = gradient.contiguous().as_strided(parameter.shape, parameter.stride())
+    return sum(gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients).sqrt()
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online."""
+    # torch's optimisers use these private functions (torch 2.x): one kernel for all parameters
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def compile_gradients(gradients: Callable, device: torch.device) -> Callable:
+    """torch.compile for a function that always gets the same shapes and networks: it need not check them each time."""
+    torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one graph (torch >= 2.11)
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 guards a call
+    if device.type == "cpu":
+        options["fallback_random"] = True  # the compiled randn takes a CPU ten times as long as torch's own
+    return torch.compile(gradients, options=options)
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why torch.compile does not work on this machine, by a trial; empty where it does."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # no g++, no Python.h, no OpenMP, a /tmp without programs, a user without a name, ...
+        cause = getattr(error, "inner_exception", error)
+        return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+    return ""
+
+
+class CapturedUpdate:
+    """update() -> metrics as one CUDA graph. The first three calls run as they are, which warms up what is recorded."""
+
+    def __init__(self, update: Callable):
+        self.update = update
+        self.calls = 0
+        self.graph = None
+        self.metrics = {}
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            return self.update()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update()
+        self.graph.replay()
+        return self.metrics
+
+
+def leave_default_stream() -> None:
+    """A CUDA graph cannot be warmed up on the default stream, which still fills the networks and the replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    torch.cuda.set_stream(stream)
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """The last transitions of each seed, on the training device: a ring of vector steps [S, capacity, N, width]."""
+
+    def __init__(self, S: int, N: int, widths: Batch, capacity: int, device: torch.device):
         self.widths = widths
         self.rows = torch.zeros(S, capacity, N, sum(widths), device=device)
         self.seed_index = torch.arange(S, device=device).unsqueeze(1)
-        self.steps = 0
-        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # on the device: a captured graph reads it anew
+        self.steps = 0  # stored so far
+        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # a tensor, which a captured graph reads anew
 
-    def add(self, *columns: np.ndarray) -> None:
-        """A vector step: observations [S * N, O], actions, next observations, ..., rewards [S * N], terminations."""
+    def add(self, batch: Batch) -> None:
+        """A vector step, as NumPy arrays: observations [S * N, O], ..., rewards [S * N], terminations [S * N]."""
         S, capacity, N, width = self.rows.shape
-        rows = np.concatenate([column.reshape(S * N, -1) for column in columns], 1, dtype=np.float32)
-        if not np.isfinite(rows).all():
-            sys.exit("an environment returned a number that is not finite")
+        rows = np.concatenate([column.reshape(S * N, -1) for column in batch], 1, dtype=np.float32)
         self.rows[:, self.steps % capacity].copy_(torch.from_numpy(rows).view(S, N, width))
         self.steps += 1
         self.filled.fill_(min(self.steps, capacity) * N)
 
-    def sample(self, batch_size: int) -> list[Tensor]:
-        """Uniformly: observations [S, B, O], actions [S, B, A], next observations, ..., rewards [S, B], terminations [S, B]."""
+    def sample(self, batch_size: int) -> Batch:
+        """Uniformly, for each seed from its own transitions."""
         index = torch.rand(len(self.rows), batch_size, dtype=torch.float64, device=self.rows.device) * self.filled
-        *vectors, rewards, terminations = self.rows.flatten(1, 2)[self.seed_index, index.long()].split(self.widths, -1)
-        return [*vectors, rewards.squeeze(-1), terminations.squeeze(-1)]
+        rows = self.rows.flatten(1, 2)[self.seed_index, index.long()]
+        batch = Batch(*rows.split(self.widths, -1))
+        return batch._replace(rewards=batch.rewards.squeeze(-1), terminations=batch.terminations.squeeze(-1))
+
+
+def check_memory(args: Args, width: int, capacity: int, device: torch.device) -> None:
+    """Says what the replay will take; it is filled over hours, so one that cannot fit is refused here."""
+    gigabytes = args.num_seeds * capacity * args.num_envs * width * 4 / 1e9
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0] / 1e9
+    else:
+        free = psutil.virtual_memory().available / 1e9
+        if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
+            free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
+    print(f"replay: {gigabytes:.2f} GB when full, {free:.1f} GB of memory are free", flush=True)
+    if gigabytes > free:
+        fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
+
+
+# --------------------------------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
+    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error if it cannot be used.
+
+    module:id imports your module, which registers the id; env_kwargs is JSON. kwargs: play.py's render_mode.
+    """
+    if env_id == "LunarLander-v3":
+        env_id = "LunarLanderContinuous-v3"
+    elif env_id.startswith("dm_control/"):
+        env_id = f"shimmy:{env_id}"
+    elif env_id.startswith("h1-"):  # README.md says how to get it
+        env_id = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0"
+        kwargs = {"render_mode": None} | kwargs  # its default opens a window
+    elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
+        env_id = f"shimmy:dm_control/{env_id}-v0"
+    env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **kwargs)
+    return NormalizedEnv(env)
+
+
+class NormalizedEnv(gym.Wrapper):
+    """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
+
+    Observations and actions of any shape are flattened. What nobody here reads is not sent between processes: infos.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        for space in leaf_spaces(env.observation_space):
+            if is_image(space):
+                raise gym.error.Error(f"it observes images ({space}): leave them out, or encode them, in a wrapper")
+            if not isinstance(space, NUMERIC_SPACES):
+                raise gym.error.Error(f"its observations must be numbers, not {space}")
+        self.action_box = own_action_box(env)  # its own units
+        O = gym.spaces.flatdim(env.observation_space)
+        A = int(np.prod(self.action_box.shape))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (O,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (A,), np.float32)
+
+    def reset(self, **kwargs):
+        observation, _ = self.env.reset(**kwargs)
+        return self.flattened(observation), {}
+
+    def step(self, action):
+        own_action = in_own_units(action, self.action_box).reshape(self.action_box.shape)
+        observation, reward, terminated, truncated, _ = self.env.step(own_action)
+        if np.size(reward) != 1:
+            raise ValueError(f"its reward must be one number, not {reward}")
+        return self.flattened(observation), np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
+
+    def flattened(self, observation) -> np.ndarray:
+        flat = gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)
+        if flat.shape != self.observation_space.shape:
+            raise ValueError(f"its observations must have {self.observation_space.shape[0]} numbers, not {flat.size}")
+        return flat
+
+
+NUMERIC_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+
+
+def leaf_spaces(space: gym.Space) -> list[gym.Space]:
+    """The spaces that a Dict or a Tuple is made of, in the order of the flat observation."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = space.values()
+    elif isinstance(space, gym.spaces.Tuple):
+        parts = space.spaces
+    else:
+        return [space]
+    return [leaf for part in parts for leaf in leaf_spaces(part)]
+
+
+def is_image(space: gym.Space) -> bool:
+    """Bytes in rows and columns, or one to four large planes of any number."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) < 2:
+        return False
+    sides = sorted(space.shape)
+    return space.dtype == np.uint8 or (len(sides) == 3 and sides[0] <= 4 and sides[1] >= 16)
+
+
+def own_action_box(env: gym.Env) -> gym.spaces.Box:
+    """The bounds of the actions that env itself takes, in its own units and shape; raises gym.error.Error without."""
+    box = env.action_space
+    layer = env
+    while isinstance(layer, gym.Wrapper) and layer.env.action_space is box:
+        layer = layer.env
+    if isinstance(layer, gym.wrappers.ClipAction):  # it takes any number, and clips to the bounds of what it wraps
+        box = layer.env.action_space
+    if not isinstance(box, gym.spaces.Box) or not np.issubdtype(box.dtype, np.floating):
+        raise gym.error.Error(f"its actions must be a Box of real numbers, not {box}")
+    if not max(np.abs(box.low).max(), np.abs(box.high).max()) < 1e9:
+        raise gym.error.Error(f"its actions must be bounded, not {box}")
+    return box
+
+
+def in_own_units(actions: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
+    """Actions of [-1, 1], [..., A], within the bounds of box; a component whose bounds are equal is constant."""
+    low = box.low.ravel().astype(float)
+    high = box.high.ravel().astype(float)
+    scaled = low + (actions + 1) / 2 * (high - low)
+    return scaled.clip(low, high).astype(box.dtype)
+
+
+def make_envs(args: Args, seeds: list[int]) -> gym.vector.VectorEnv:
+    """An environment for each seed, several with a process each. infos["final_obs"] has an ended episode's last one."""
+    make_vector = OneEnv if len(seeds) == 1 else gym.vector.AsyncVectorEnv
+    makers = [partial(make_seeded_env, args, seed) for seed in seeds]
+    return make_vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def make_seeded_env(args: Args, seed: int) -> gym.Env:
+    """In a worker of its own, unless it is the only environment."""
+    if multiprocessing.parent_process():
+        for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    random.seed(seed)  # for an environment that draws from these: forked workers have equal ones
+    np.random.seed(seed)
+    return make_env(args.env_id, args.env_kwargs)
+
+
+class OneEnv(gym.vector.SyncVectorEnv):
+    """One environment in this process, with AsyncVectorEnv's two calls for a step."""
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self, timeout: float) -> tuple:
+        return self.step(self.actions)
+
+
+def start_seeds(args: Args, step: int, purpose: int, count: int) -> list[int]:
+    """Seeds of count environments; purpose is 0 for training, 1 for the evaluation."""
+    return np.random.SeedSequence([args.seed, step, purpose]).generate_state(count).tolist()
+
+
+def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
+    """The sizes of its observations and actions, and its own actions' bounds. A user's mistake if a step fails."""
+    try:
+        env = make_env(args.env_id, args.env_kwargs)
+        env.reset(seed=args.seed)
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        env.close()
+    except Exception as error:  # whatever a stranger's constructor raises
+        message = " ".join(str(error).split())[:500]
+        if not isinstance(error, gym.error.Error):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
+        if isinstance(error, ImportError):
+            message += "; README.md says how to install it"
+        if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
+            message += "; MUJOCO_GL=egl lets it render"
+        fail(f"--env-id {args.env_id}: {message}")
+    return env.observation_space.shape[0], env.action_space.shape[0], env.action_box
+
+
+def check_finite(step: int, **columns: np.ndarray) -> None:
+    """Ends the run at a number that float32 does not hold; columns [S * N, ...] by name."""
+    largest = np.finfo(np.float32).max
+    for name, column in columns.items():
+        good = np.abs(column) <= largest  # NaN is not
+        if not good.all():
+            index = int(np.argwhere(~good)[0][0])
+            sys.exit(f"step {step}: the {name} of environment {index} is not finite: {column[index]}")
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+EPISODE_LIMIT = 10_000  # steps of an evaluation's episode, for an environment that never ends one
 
 
 def smoothness(actions: np.ndarray) -> float:
-    """How much actions [T, A] oscillate: mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T; lower is smoother (CAPS, 2021)."""
+    """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021)."""
     T = len(actions)
-    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]
-    return float((2 / T * (np.arange(T // 2) / T) @ spectrum).mean())
+    frequencies = np.arange(T // 2) / T
+    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]  # [T // 2, A]
+    return float((2 / T * (frequencies @ spectrum)).mean())
 
 
-def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[tuple]:
-    """An episode of the deterministic policy in each environment: rows of EVAL_COLUMNS, none if told to stop meanwhile.
+def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[dict]:
+    """An episode of the deterministic policy in each environment: rows of eval.csv; none if told to stop meanwhile.
 
-    Smoothness, and fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are of actions in box, the environment's own units.
+    smoothness and action_fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are in the environment's units, box.
     """
-    seeds = np.random.SeedSequence([args.seed, step, 1]).generate_state(envs.num_envs)  # those of training have 0 for the 1
-    observations, _ = envs.reset(seed=seeds.tolist())
-    running, returns, lengths = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
+    observations, _ = envs.reset(seed=start_seeds(args, step, 1, envs.num_envs))
+    running = np.ones(envs.num_envs, bool)
+    returns = np.zeros(envs.num_envs)
+    lengths = np.zeros(envs.num_envs, int)
     actions = []
-    while running.any() and not STOP:
+    while running.any() and len(actions) < EPISODE_LIMIT:
+        if STOP_REQUESTS:
+            return []
         actions.append(policy(observations))
+        check_finite(step, action=actions[-1])
         envs.step_async(actions[-1])
         observations, rewards, terminations, truncations, _ = envs.step_wait(timeout=300)
+        check_finite(step, observation=observations, reward=rewards)
         returns += rewards * running
         lengths += running
         running &= ~(terminations | truncations)
+    if running.any():
+        print(f"step {step}: an evaluation's episode had no end and was cut at {EPISODE_LIMIT} steps", flush=True)
     rows = []
-    for index in range(0 if STOP else envs.num_envs):
-        (seed, episode), T = divmod(index, args.eval_episodes), int(lengths[index])
-        taken = box.low + (np.stack([a[index] for a in actions[:T]]) + 1) / 2 * (box.high - box.low)  # [T, A]
-        fluctuation = float(np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T)
-        row = (step, step * args.num_envs, args.seed + seed, episode, float(returns[index]), T, smoothness(taken), fluctuation)
+    for index, T in enumerate(lengths.tolist()):
+        seed, episode = divmod(index, args.eval_episodes)
+        taken = np.stack([action[index] for action in actions[:T]])  # [T, A]
+        taken = in_own_units(taken, box)
+        fluctuation = np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T
+        row = {"step": step, "transitions": step * args.num_envs, "seed": args.seed + seed, "episode": episode}
+        row |= {"return": float(returns[index]), "length": T}
+        row |= {"smoothness": smoothness(taken), "action_fluctuation": float(fluctuation)}
         rows.append(row)
     return rows
 
 
+# -------------------------------------------------------------------------------------------------------- a run on disk
+
+
+def open_folder(args: Args) -> Path:
+    """The folder to resume, or a new one that no other run shares, with args.json in it."""
+    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
+    timestamp = int(time.time())
+    folder = Path(args.resume or "")
+    try:
+        while not args.resume:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{timestamp}"
+            folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # of a run that began in the same second
+                timestamp += 1
+        write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror} (--runs-dir names another place)")
+    return folder
+
+
 def write_atomically(path: Path, write: Callable) -> None:
-    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole. write(binary file)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
-    """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
-    states = {name: module.state_dict() for name, module in state.items()}
-    for name, saved in states.items():  # Adam's moments overflow before a network does
-        if not all(leaf.isfinite().all() for leaf in torch.utils._pytree.tree_leaves(saved) if isinstance(leaf, Tensor)):
+def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> None:
+    """rows: of all evaluations so far."""
+    policies = {"actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
+    write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, policies))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "eval.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def save_checkpoint(folder: Path, step: int, agent: Agent, replay: "ReplayBuffer | None") -> None:
+    """A run that is killed between the two files resumes with an older replay."""
+    saved = {"step": step}
+    for name, module in agent.state().items():
+        if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
             sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
-    write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
+        saved[name] = module.state_dict()
+    write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
         rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
         write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
 
 
-def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]]:
-    """Restores what save_checkpoint saved, without running code from the files; returns the step and the evaluated episodes."""
+def tensors_of(module: nn.Module | torch.optim.Optimizer) -> list[Tensor]:
+    """A network's weights, or the moments of an optimiser, which overflow first."""
+    if isinstance(module, nn.Module):
+        return list(module.state_dict().values())
+    return [tensor for moments in module.state.values() for tensor in moments.values()]
+
+
+def load_checkpoint(args: Args, agent: Agent, replay: "ReplayBuffer | None") -> tuple[int, list[dict]]:
+    """Restores what was saved, running no code from the files; returns the step and the rows of eval.csv up to it."""
+    folder = Path(args.resume)
     try:
         saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-        for name, module in state.items():
-            if "param_groups" in saved[name]:  # this run's learning rate and device
+        step = saved["step"]
+        if step > args.total_timesteps:
+            raise ValueError(f"it is at step {step} already, --total-timesteps is {args.total_timesteps}")
+        for name, module in agent.state().items():
+            if "param_groups" in saved[name]:  # an optimiser: this run's learning rate and device
                 saved[name]["param_groups"] = module.state_dict()["param_groups"]
             module.load_state_dict(saved[name])
         if replay and (folder / "replay.pt").exists():
             stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
             replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
             replay.steps = stored["steps"]
-            replay.filled.fill_(stored["rows"].shape[1] * replay.rows.shape[2])
-        return saved["step"], saved["episodes"]
+            replay.filled.fill_(stored["rows"].shape[1] * args.num_envs)
+        with open(folder / "eval.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        return step, rows
     except Exception as error:  # torch.load has half a dozen for a damaged file
         fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])
 
 
-def capture(update: Callable) -> Callable:
-    """update(update_actor) -> metrics as CUDA graphs, one for each value of update_actor, once it has warmed up."""
-    calls, graphs = [0, 0], {}
+class Log:
+    """TensorBoard, the terminal (a bar, or lines where it is none) and, with --track, Weights & Biases."""
 
-    def captured_update(update_actor: bool) -> dict[str, Tensor]:
-        calls[update_actor] += 1
-        if calls[update_actor] <= 3:
-            return update(update_actor)
-        if update_actor not in graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                graphs[update_actor] = graph, update(update_actor)
-        graphs[update_actor][0].replay()
-        return graphs[update_actor][1]
-
-    return captured_update
-
-
-def start_log(folder: Path, args: Args, step: int) -> Callable:
-    """log(step, scalars): to TensorBoard, the terminal and, with --track, Weights & Biases. charts/SPS counts vector steps."""
-    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
-    write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
-    writer.add_text("hyperparameters", f"    {arguments}".replace("\n", "\n    "))
-    if args.track:
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
-        wandb.init(**names, group=f"{args.env_id}__{args.exp_name}", resume="allow", config=asdict(args), save_code=True)
-        wandb.define_metric("*", step_metric="global_step")
-    print(folder, flush=True)
-    shown, last = {}, [step, time.perf_counter()]
-
-    def log(step: int, scalars: dict[str, float]) -> None:
-        if step > last[0]:
-            speed = (step - last[0]) / (time.perf_counter() - last[1])
-            scalars |= {"charts/SPS": speed, "charts/transitions": step * args.num_envs}
-        last[:] = step, time.perf_counter()
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
+    def __init__(self, folder: Path, args: Args, step: int):
+        self.args = args
+        self.last_step = step
+        self.last_time = time.perf_counter()
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
+        self.writer.add_text("hyperparameters", f"    {json.dumps(asdict(args), indent=8)}")
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", leave=False, disable=None)
         if args.track:
-            wandb.log({**scalars, "global_step": step})
-        shown.update({name: f"{value:.4g}" for name, value in scalars.items() if name.startswith(("eval/", "charts/SPS"))})
-        print(f"step {step}/{args.total_timesteps}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
+            import wandb
 
-    return log
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                group=f"{args.env_id}__{args.exp_name}",
+                name=folder.name,
+                id=folder.name,
+                resume="allow",
+                config=asdict(args),
+                save_code=True,
+            )
+            wandb.define_metric("*", step_metric="global_step")
+            self.wandb = wandb
+
+    def training(self, step: int, scalars: dict[str, float]) -> None:
+        """charts/SPS counts vector steps a second since the last call."""
+        speed = (step - self.last_step) / (time.perf_counter() - self.last_time)
+        self.last_step = step
+        self.last_time = time.perf_counter()
+        self.write(step, scalars | {"charts/SPS": speed, "charts/transitions": step * self.args.num_envs})
+        shown = {"SPS": f"{speed:.1f}"}
+        if "charts/episodic_return" in scalars:
+            shown["return"] = f"{scalars['charts/episodic_return']:.4g}"
+        if self.bar.disable:
+            if any(name.startswith("losses/") for name in scalars):  # the random steps at first are no measure
+                shown["left"] = tqdm.format_interval((self.args.total_timesteps - step) / speed)
+            self.say(step, " ".join(f"{name} {value}" for name, value in shown.items()))
+        else:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def evaluating(self, step: int) -> None:
+        if self.bar.disable:
+            self.say(step, "evaluating")
+        else:
+            self.bar.set_description("evaluating")
+
+    def evaluation(self, step: int, rows: list[dict]) -> None:
+        """rows of eval.csv."""
+        self.bar.set_description("")
+        measures = ("return", "smoothness", "action_fluctuation")
+        means = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in measures}
+        self.write(step, means)
+        self.say(step, " ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        self.last_time = time.perf_counter()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        if self.args.track:
+            self.wandb.log({**scalars, "global_step": step})
+
+    def say(self, step: int, text: str) -> None:
+        with tqdm.external_write_mode():
+            print(f"step {step}/{self.args.total_timesteps} {text}", flush=True)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.bar.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STOP_REQUESTS = []  # when a signal asked to save and stop
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SLURM sends SIGUSR1 if asked to, a closed terminal SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]  # Windows lacks two
+
+
+def listen_for_stop() -> None:
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's SIGHUP
+            signal.signal(number, request_stop)
 
 
 def request_stop(number: int, _) -> None:
-    if STOP and number == signal.SIGINT and time.monotonic() > STOP[0] + 1:  # sooner it is one request, that uv sent on
-        os._exit(128 + number)
-    STOP.append(time.monotonic())
-    os.write(2, b"\nsaving, then stopping; again to stop at once\n")
+    if STOP_REQUESTS and number == signal.SIGINT and time.monotonic() > STOP_REQUESTS[0] + 1:
+        os._exit(128 + number)  # asked twice; within a second it is one Ctrl-C, which uv passes on once more
+    STOP_REQUESTS.append(time.monotonic())
+    os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once\n")
+
+
+def fail(message: str) -> None:
+    """A user's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_args(args, may_be_zero: tuple[str, ...], at_most_one: tuple[str, ...]) -> None:
+    """Raises ValueError for a number out of range, of which tyro makes a message and exit status 2."""
+    for name, value in vars(args).items():
+        if type(value) not in (int, float):
+            continue
+        least = 1 if type(value) is int and name not in ("seed", *may_be_zero) else 0
+        most = 1 if name in at_most_one else 2**32
+        if not least <= value <= most:  # NaN is in no range
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}, at most {most}")
+    if not isinstance(json.loads(args.env_kwargs), dict):
+        raise ValueError(f"--env-kwargs {args.env_kwargs}: no JSON object")
+
+
+def parse_args() -> Args:
+    """The command line, over the arguments of the run to resume or over SETTINGS."""
+    args = tyro.cli(Args)  # says which environment and which run; read again below, over their defaults
+    if not args.resume:
+        return tyro.cli(Args, default=Args(**SETTINGS.get(args.env_id, {})))
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        if saved.pop("script") != Path(__file__).stem:
+            raise ValueError("it belongs to another script")
+        default = Args(**saved | {"resume": args.resume})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fail(f"--resume {args.resume}: no run of this script ({error})")
+    args = tyro.cli(Args, default=default)
+    for name in ("env_id", "env_kwargs", "seed", "num_seeds", "num_envs", "buffer_size"):
+        if getattr(args, name, None) != getattr(default, name, None):
+            fail(f"--resume {args.resume}: {name} was {getattr(default, name)}")
+    return args
+
+
+def resume_command(folder: Path) -> str:
+    python = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else ["python"]
+    return shlex.join([*python, sys.argv[0], "--resume", str(folder)])
+
+
+def prepare_process(num_workers: int) -> None:
+    """Threads, memory and rendering, before the first tensor."""
+    free_cores = torch.get_num_threads() - num_workers + 1
+    torch.set_num_threads(max(1, min(4, free_cores)))
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
+    if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_scalars(finished_returns: list[list[float]], first_seed: int) -> dict[str, float]:
+    """The mean return of the episodes that have ended, over all seeds and, with several, of each."""
+    scalars = {}
+    if any(finished_returns):
+        scalars["charts/episodic_return"] = float(np.mean(np.concatenate(finished_returns)))
+    if len(finished_returns) > 1:
+        for seed, returns in enumerate(finished_returns, first_seed):
+            if returns:
+                scalars[f"charts/episodic_return_seed_{seed}"] = float(np.mean(returns))
+    return scalars
 
 
 def train(args: Args) -> None:
-    S, N = args.num_seeds, args.num_envs
+    S = args.num_seeds
+    N = args.num_envs
+    prepare_process(S * N)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - S * N + 1)))  # the environments want the other cores
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    os.environ["MUJOCO_GL"] = "disabled"  # nothing is rendered; EGL can load an LLVM that crashes Triton
-    try:
-        env = make_env(args.env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {args.env_id}: {error}" + " (how to install it: README.md)" * isinstance(error, ImportError))
-    (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
+    O, A, action_box = try_environment(args)
 
     torch.manual_seed(args.seed)
-    actor, critic = Actor(S, O, A).to(device), Critic(S, O, A).to(device)
-    for _ in range(50):  # until it has the norms of the initial weights
-        critic.power_iteration()
-    target_actor, target_critic = deepcopy(actor).requires_grad_(False), deepcopy(critic).requires_grad_(False)
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-    actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critic.parameters())
-    state = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
-    state |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    replay = ReplayBuffer(S, N, [O, A, O, 1, 1], max(1, min(args.buffer_size // N, args.total_timesteps)), device)
-    first_critic = {name: weight[:, :1] for name, weight in critic.state_dict().items()}  # views, trained with it
+    agent = Agent(args, O, A, device)
+    widths = Batch(observations=O, actions=A, next_observations=O, rewards=1, terminations=1)
+    capacity = max(1, min(args.buffer_size // N, args.total_timesteps))
+    check_memory(args, sum(widths), capacity, device)
+    replay = ReplayBuffer(S, N, widths, capacity, device)
 
-    def next_values(next_observations: Tensor) -> Tensor:
-        """The value of the next state [S, B]."""
-        next_actions = target_actor(next_observations)
-        noise = (args.policy_noise * torch.randn_like(next_actions)).clamp(-args.noise_clip, args.noise_clip)
-        return target_critic(next_observations, (next_actions + noise).clamp(-1, 1)).amin(1)
-
-    def critic_gradients(observations, actions, next_observations, rewards, terminations) -> dict[str, Tensor]:
-        critic.power_iteration()
-        target_critic.power_iteration()
-        with torch.no_grad():  # a truncated episode bootstraps
-            targets = rewards + args.gamma * (1 - terminations) * next_values(next_observations)  # [S, B]
-        values = critic(observations, actions)  # [S, 2, B]
-        qf_loss = (values - targets.unsqueeze(1)).square().mean(2).sum(1)  # [S]
-        set_gradients(qf_loss, critic)
-        grad_norm = sum(p.grad.flatten(1).square().sum(1) for p in critic.parameters()).sqrt()
-        metrics = {"losses/qf_loss": qf_loss.detach(), "losses/qf_values": values.detach()}
-        return metrics | {"diagnostics/critic_grad_norm": grad_norm, "diagnostics/td_target_variance": targets.var(1)}
-
-    def actor_gradients(observations: Tensor) -> dict[str, Tensor]:
-        values = torch.func.functional_call(critic, first_critic, (observations, actor(observations)))  # [S, 1, B]
-        actor_loss = -values.mean((1, 2))  # [S]
-        set_gradients(actor_loss, actor)
-        return {"losses/actor_loss": actor_loss.detach()}
-
-    if args.compile and not (shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()):
-        print("torch.compile needs g++ and Python.h, and finds them not: the updates run uncompiled")
-    elif args.compile:
-        torch.compiler.reset()  # without guards a second run in this process would be answered with the first one's graph
-        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one graph
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 a call: nothing they check changes
-        critic_gradients, actor_gradients = (torch.compile(f, options=options) for f in (critic_gradients, actor_gradients))
-
-    def update(update_actor: bool) -> dict[str, Tensor]:
-        batch = replay.sample(args.batch_size)
-        metrics = critic_gradients(*batch)
-        critic_optimizer.step()
-        if update_actor:
-            metrics |= actor_gradients(batch[0])
-            actor_optimizer.step()
-            polyak_update(target_actor, actor, args.tau)
-            polyak_update(target_critic, critic, args.tau)
-        return metrics
+    step = 0
+    evaluations = []  # rows of eval.csv
+    if args.resume:
+        step, evaluations = load_checkpoint(args, agent, replay)
+    folder = open_folder(args)
+    print(folder, flush=True)
 
     @torch.no_grad()
     def policy(observations: np.ndarray, explore: bool = False) -> np.ndarray:
         """observations [S * E, O] -> actions [S * E, A]."""
-        actions = actor(torch.from_numpy(observations).unflatten(0, (S, -1)).to(device))
-        return (actions + explore * args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1).flatten(0, 1).cpu().numpy()
+        batch = torch.from_numpy(observations).to(device).unflatten(0, (S, -1))
+        return agent.act(batch, explore).flatten(0, 1).cpu().numpy()
 
-    if device.type == "cuda" and args.compile:
-        torch.cuda.set_stream(torch.cuda.Stream())  # a graph cannot be warmed up on the default stream
-        update = capture(update)
+    def update_critic() -> dict[str, Tensor]:
+        return agent.update(replay.sample(args.batch_size), update_actor=False)
 
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    folder = Path(args.resume or f"runs/{name}")
-    step, episodes = load_checkpoint(folder, state, replay) if args.resume else (0, [])
+    def update_both() -> dict[str, Tensor]:
+        return agent.update(replay.sample(args.batch_size), update_actor=True)
+
+    if args.compile:
+        fault = compiler_fault(device)
+        if fault:
+            print(f"torch.compile does not work here, so the updates run uncompiled: {fault}", flush=True)
+        else:
+            print("the first updates are compiled: half a minute", flush=True)
+            agent.compile()
+        if device.type == "cuda":
+            leave_default_stream()
+            update_critic = CapturedUpdate(update_critic)
+            update_both = CapturedUpdate(update_both)
+
     torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
-    envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-    log = start_log(folder, args, step)
+    training_seeds = start_seeds(args, step, 0, S * N)
+    envs = make_envs(args, training_seeds)
+    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
+    listen_for_stop()
+    log = Log(folder, args, step)
 
-    observations, _ = envs.reset(seed=np.random.SeedSequence([args.seed, step, 0]).generate_state(S * N).tolist())
-    episode_returns, finished, metrics = np.zeros(S * N), [], {}
+    observations, _ = envs.reset(seed=training_seeds)
+    episode_returns = np.zeros(S * N)
+    finished_returns = [[] for _ in range(S)]  # of each seed, since the last point of the log
+    metrics = {}
     while True:
-        at_end = step >= args.total_timesteps
-        if (step % args.eval_every == 0 or at_end) and not (episodes and episodes[-1][0] == step):
-            if rows := evaluate(policy, eval_envs, args, step, action_box):
-                episodes += rows
-                networks = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, networks))
-                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
-                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
-                means = np.mean(rows, 0)
-                log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
-        if step % args.save_every == 0 or at_end or STOP:
-            save_checkpoint(folder, step, state, episodes, replay if args.save_replay else None)
-        if at_end or STOP:
+        is_last = step == args.total_timesteps
+        is_evaluated = bool(evaluations) and int(evaluations[-1]["step"]) == step  # by the run that this one resumes
+        if (step % args.eval_every == 0 or is_last) and not is_evaluated:
+            log.evaluating(step)
+            rows = evaluate(policy, eval_envs, args, step, action_box)
+            if rows:
+                evaluations += rows
+                save_evaluation(folder, step, agent, evaluations)
+                log.evaluation(step, rows)
+        if step % args.save_every == 0 or is_last or STOP_REQUESTS:
+            save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+        if is_last or STOP_REQUESTS:
             break
 
-        actions = policy(observations, explore=True) if step >= args.learning_starts else 2 * torch.rand(S * N, A).numpy() - 1
+        if step < args.learning_starts:
+            actions = 2 * torch.rand(S * N, A).numpy() - 1
+        else:
+            actions = policy(observations, explore=True)
+        check_finite(step, action=actions)
         envs.step_async(actions)
-        if replay.steps >= args.learning_starts:  # while the environments step
-            metrics |= update(step % args.policy_frequency == 0)
+        if replay.steps >= args.learning_starts and step % args.update_every == 0:  # while the environments step
+            for index in range(args.update_every):
+                update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
+                metrics |= update()
         next_observations, rewards, terminations, truncations, infos = envs.step_wait(timeout=300)
-        done, final_observations = terminations | truncations, next_observations.copy()
+
+        done = terminations | truncations
+        final_observations = next_observations.copy()
         if done.any():  # there next_observations already begin the next episode
             final_observations[done] = np.stack(infos["final_obs"][done])
-        replay.add(observations, actions, final_observations, rewards, terminations)
+        check_finite(step, observation=final_observations, reward=rewards)
+        replay.add(Batch(observations, actions, final_observations, rewards, terminations))
         observations = next_observations
         step += 1
 
         episode_returns += rewards
-        finished += list(episode_returns[done])
-        episode_returns[done] = 0
+        for index in np.flatnonzero(done):
+            finished_returns[index // N].append(episode_returns[index])
+            episode_returns[index] = 0
         if step % args.log_every == 0:
             scalars = {name: metric.mean().item() for name, metric in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
                 sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
-            log(step, scalars | ({"charts/episodic_return": np.mean(finished)} if finished else {}))
-            finished = []
+            log.training(step, scalars | return_scalars(finished_returns, args.seed))
+            finished_returns = [[] for _ in range(S)]
     envs.close()
     eval_envs.close()
-    if STOP:
-        print(f"stopped at step {step}; go on with: python {sys.argv[0]} --resume {folder}")
+    log.close()
+    if STOP_REQUESTS:
+        print(f"stopped at step {step}; go on with: {resume_command(folder)}")
+    else:
+        print(f"finished {folder}: benchmark/play.py shows its policy, benchmark/export.py exports it")
 
 
 if __name__ == "__main__":
     try:
         train(parse_args())
-    finally:  # workers ignore SIGTERM: whatever ends the run, none outlives it
+    finally:  # workers ignore signals: end those that are left, however the run ended
         for worker in multiprocessing.active_children():
             worker.kill()
