@@ -1,34 +1,57 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.11,<3", "numpy>=1.26,<3", "gymnasium[mujoco,box2d]>=1.1,<2", "mujoco>=3.1.6,<4",
-#     "dm_control>=1.0.20,<2", "shimmy>=2.0,<3", "tyro>=0.9,<2", "tensorboard>=2.17,<3", "wandb>=0.18,<1"]
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "torch>=2.11,<3",
+#     "numpy>=1.26,<3",
+#     "gymnasium[mujoco]>=1.1,<2",
+#     "box2d>=2.3.10; sys_platform != 'linux' or platform_machine == 'x86_64'",
+#     "pygame-ce>=2.1.3",
+#     "mujoco>=3.1.6,<4",
+#     "dm_control>=1.0.20,<2",
+#     "shimmy>=2.0,<3",
+#     "psutil>=5.9,<8",
+#     "tyro>=0.9,<2",
+#     "tqdm>=4.66,<5",
+#     "tensorboard>=2.17,<3",
+#     "wandb>=0.18,<1",
+# ]
 # ///
-"""PPO, proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) with CleanRL's settings for continuous actions.
+"""PPO, proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347).
 
-    L = mean max(-A r, -A clip(r, 1 - c, 1 + c)) - ent_coef entropy + vf_coef value loss,  r = pi / pi_old  (equation 7)
+    L = mean max(-adv r, -adv clip(r, 1 - c, 1 + c)) - ent_coef entropy + vf_coef value_loss,   r = pi / pi_old
 
-Its cells of the AMS table count transitions: 500 000 of them are 62 500 vector steps of 8 environments.
+(equations 7 and 9, negated), with CleanRL's settings for continuous actions, but 8 environments where it has 1. This
+script bootstraps truncated episodes from their last observation, and pools the running statistics over all of a seed's
+environments; CleanRL does neither. PPO's cells of the AMS table count transitions: 500 000 of them are 62 500 vector
+steps of 8 environments.
 
     python baselines/ppo.py --env-id dog-run
     python baselines/ppo.py --env-id Walker2d-v5 --num-seeds 5
 
-Shapes: S seeds side by side, N environments a seed, T steps of a rollout, M rows of a minibatch, O observation, A action.
-Actions are in [-1, 1] everywhere but inside the environments.
+Letters in shapes: S seeds, trained side by side; N environments of each; T vector steps of a rollout; B rows of a
+batch; O and A, the sizes of an observation and an action. Actions are in [-1, 1] everywhere outside the environments.
 """
 
+import csv
 import ctypes
+import io
 import json
 import math
 import multiprocessing
 import os
+import random
 import re
+import shlex
+import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -36,25 +59,29 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem  # a part of the run's folder name
-    env_id: str = "dog-run"  # a gymnasium id; domain-task for dm_control (dog-run); h1-task for HumanoidBench (h1-walk)
+    env_id: str = "dog-run"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
+    env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
     num_seeds: int = 1  # S, independent seeds trained side by side
-    num_envs: int = 8  # N, parallel environments a seed
+    num_envs: int = 8  # N, parallel environments of each seed; CleanRL has 1
     total_timesteps: int = 62_500  # vector steps: each advances every environment
+    runs_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
     cuda: bool = True  # use the GPU where there is one
-    log_every: int = 2048  # vector steps between two lines of the log
+    compile: bool = True  # does nothing here: one list of flags then serves a sweep of all scripts
+    log_every: int = 2048  # vector steps between two points of the log
     eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
+    eval_episodes: int = 10  # of each seed
     save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
-    eval_episodes: int = 10  # a seed
 
     learning_rate: float = 3e-4  # at the start
     anneal_lr: bool = True  # linearly, to 0 at the end
@@ -66,97 +93,27 @@ class Args:
     norm_adv: bool = True  # normalise the advantages of a minibatch
     clip_coef: float = 0.2  # how far the probability ratio counts, and the value with --clip-vloss
     clip_vloss: bool = True
-    ent_coef: float = 0.0
-    vf_coef: float = 0.5
+    ent_coef: float = 0.0  # weight of the entropy
+    vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # of actor and critic together, each seed's own
 
-    def __post_init__(self):  # tyro makes a message and exit status 2 of a ValueError
-        for name, value in vars(self).items():
-            low = type(value) is int and name != "seed"
-            high = 1 if name in ("learning_rate", "gamma", "gae_lambda") else 2**32
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {low:d}, at most {high}")
+    def __post_init__(self):
+        check_args(self, may_be_zero=(), at_most_one=("learning_rate", "gamma", "gae_lambda"))
         if self.num_steps * self.num_envs < 2 * self.num_minibatches:
-            raise ValueError("--num-minibatches is at most half of --num-steps times --num-envs")
+            raise ValueError("--num-minibatches: at most half of --num-steps times --num-envs")
 
 
-EVAL_COLUMNS = "step,transitions,seed,episode,return,length,smoothness,action_fluctuation"
-STOP = []  # when SIGINT or SIGTERM asked to save and stop
-SETTINGS = {env_id: dict(total_timesteps=125_000) for env_id in ("dog-run", "humanoid-run")}  # defaults by environment
+SETTINGS = {  # defaults that go by the environment
+    "dog-run": {"total_timesteps": 125_000},
+    "humanoid-run": {"total_timesteps": 125_000},
+}
 
 
-def fail(message: str) -> None:
-    """A user's mistake: one line, exit status 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args() -> Args:
-    """The command line, over the arguments of the run to resume or over SETTINGS."""
-    args = tyro.cli(Args)
-    saved = SETTINGS.get(args.env_id, {})
-    if args.resume:
-        try:
-            saved = json.loads(Path(args.resume, "args.json").read_text()) | {"resume": args.resume}
-            if saved.pop("script") != Path(__file__).stem:
-                raise ValueError("it is another one's")
-            Args(**saved)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"--resume {args.resume}: no run of this script ({error})")
-    args = tyro.cli(Args, default=Args(**saved))
-    for name in ("env_id", "seed", "num_seeds", "num_envs", "buffer_size") if args.resume else ():
-        if getattr(args, name, None) != saved.get(name):
-            fail(f"--resume {args.resume}: {name} was {saved.get(name)}")
-    return args
-
-
-class LeanEnv(gym.Wrapper):
-    """Float32 observations and no infos: what the trainer does not read is not sent between processes."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-
-    def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0].astype(np.float32), {}
-
-    def step(self, action):
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        return observation.astype(np.float32), reward, terminated, truncated, {}
-
-
-def make_env(env_id: str, **kwargs) -> gym.Env:
-    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error where it cannot be had."""
-    if multiprocessing.parent_process():  # in a worker: signals are for the trainer, which ends its workers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a hung one outlives a killed trainer
-    name = "LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id
-    if env_id.startswith("h1-"):  # README.md says how to get it
-        name, kwargs = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0", {"render_mode": None} | kwargs  # no window
-    elif re.fullmatch(r"[a-z0-9_]+-(?!v\d+$)[a-z0-9_]+", env_id):
-        name = f"shimmy:dm_control/{env_id}-v0"
-    env = gym.make(name, disable_env_checker=True, **kwargs)
-    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        env = gym.wrappers.FlattenObservation(env)
-    if not all(isinstance(box, gym.spaces.Box) and len(box.shape) == 1 for box in (env.observation_space, env.action_space)):
-        raise gym.error.Error(f"observations and actions must be real vectors: {env.observation_space}, {env.action_space}")
-    return LeanEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-
-
-def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
-    """Several environments have a process each. Where an episode ended, infos["final_obs"] has its last observation."""
-    makers, mode = [partial(make_env, env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
-    if num_envs > 1:
-        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
-    envs, pending = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode), []
-    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
-    return envs
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 class Linear(nn.Module):
-    """One linear layer for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
+    """nn.Linear for each member of a stack of seeds (and twins): x [*stack, B, in] -> [*stack, B, out]."""
 
     def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int):
         super().__init__()
@@ -165,17 +122,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        *stack, in_features, out_features = self.weight.shape
-        if out_features == 1:  # a matrix product with a single column takes a CPU seven times as long
+        if self.weight.shape[-1] == 1:  # a matrix product with a single column takes a CPU seven times as long
             return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        x, weight, bias = (t.expand(*stack, *t.shape[-2:]).flatten(0, -3) for t in (x, self.weight, self.bias))
-        if 2 * out_features < in_features:  # and few columns four times as long as so many rows
-            return torch.baddbmm(bias.mT, weight.mT, x.mT).mT.unflatten(0, stack)
-        return torch.baddbmm(bias, x, weight).unflatten(0, stack)
+        return x @ self.weight + self.bias
 
 
 class RunningNormalizer(nn.Module):
-    """Mean and variance [S, 1, W] of all rows that a seed has seen; forward scales rows [S, B, W] by them, within +-10."""
+    """Mean and variance [S, 1, W] of all rows that a seed has seen; scales rows by them, within +-10."""
 
     def __init__(self, S: int, width: int):
         super().__init__()
@@ -193,39 +146,50 @@ class RunningNormalizer(nn.Module):
         self.count += rows.shape[1]
 
     def scale(self) -> Tensor:
+        """The standard deviation [S, 1, W]."""
         return (self.var + 1e-8).sqrt()
 
     def forward(self, rows: Tensor) -> Tensor:
+        """[S, B, W] -> [S, B, W]."""
         return ((rows - self.mean) / self.scale()).clamp(-10, 10).float()
 
 
 class Network(nn.Module):
-    """Two tanh layers of 64, orthogonal initial weights: [S, B, in] -> [S, B, out]."""
+    """Two tanh layers of 64, with orthogonal weights at first: [S, B, in] -> [S, B, out]."""
 
     def __init__(self, S: int, in_features: int, out_features: int, last_gain: float):
         super().__init__()
         self.fc1 = Linear((S,), in_features, 64)
         self.fc2 = Linear((S,), 64, 64)
         self.fc_out = Linear((S,), 64, out_features)
-        for layer, gain in ((self.fc1, 2**0.5), (self.fc2, 2**0.5), (self.fc_out, last_gain)):
-            nn.init.zeros_(layer.bias)
-            for weight in layer.weight.data:
-                nn.init.orthogonal_(weight, gain)
+        make_orthogonal(self.fc1, 2**0.5)
+        make_orthogonal(self.fc2, 2**0.5)
+        make_orthogonal(self.fc_out, last_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc_out(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+        x = torch.tanh(self.fc1(x))
+        x = torch.tanh(self.fc2(x))
+        return self.fc_out(x)
+
+
+def make_orthogonal(layer: Linear, gain: float) -> None:
+    """Each seed's weight, and no bias."""
+    for weight in layer.weight.data:
+        nn.init.orthogonal_(weight, gain)
+    nn.init.zeros_(layer.bias)
 
 
 class Actor(nn.Module):
-    """A Gaussian whose deviation is no function of the state; with the observations' statistics, so that it can act alone."""
+    """A Gaussian whose deviation is the same in every state. It holds the observations' statistics, to act alone."""
 
     def __init__(self, S: int, O: int, A: int):
         super().__init__()
-        self.normalizer, self.network = RunningNormalizer(S, O), Network(S, O, A, 0.01)
+        self.normalizer = RunningNormalizer(S, O)
+        self.network = Network(S, O, A, last_gain=0.01)
         self.log_std = nn.Parameter(torch.zeros(S, 1, A))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """observations [S, B, O] -> mean [S, B, A]; the deterministic action is that, clipped."""
+        """The environment's observations [S, B, O] -> mean [S, B, A]; the deterministic action is that, clipped."""
         return self.network(self.normalizer(observations))
 
     def log_prob(self, mean: Tensor, actions: Tensor) -> Tensor:
@@ -242,21 +206,33 @@ class Critic(Network):
     """The value of a state: normalised observations [S, B, O] -> [S, B]."""
 
     def __init__(self, S: int, O: int, A: int):
-        super().__init__(S, O, 1, 1.0)
+        super().__init__(S, O, 1, last_gain=1.0)
 
     def forward(self, observations: Tensor) -> Tensor:
         return super().forward(observations).squeeze(-1)
 
 
-def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, ends: Tensor,
-        gamma: float, gae_lambda: float) -> Tensor:  # fmt: skip
-    """Generalised advantages A_t = delta_t + gamma lambda (1 - end_t) A_{t+1}: [S, T, N] (Schulman et al. 2016, equation 16).
+# ------------------------------------------------------------------------------------------------------------------ PPO
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t), s' the last observation of its own episode; ends (terminated or
-    truncated) cut the sum. All [S, T, N].
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    ends: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16), from tensors [S, T, N]: [S, T, N].
+
+        A_t = delta_t + gamma lambda (1 - end_t) A_(t+1),   delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+
+    next_values: of the last observation of the step's own episode, s'. ends: terminated or truncated.
     """
     deltas = rewards + gamma * (1 - terminations) * next_values - values
-    advantages, following = torch.empty_like(deltas), 0.0
+    advantages = torch.empty_like(deltas)
+    following = torch.zeros_like(deltas[:, 0])
     for t in reversed(range(deltas.shape[1])):
         following = deltas[:, t] + gamma * gae_lambda * (1 - ends[:, t]) * following
         advantages[:, t] = following
@@ -264,274 +240,757 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tens
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) over M: [S, M] -> [S] (PPO, equation 7)."""
+    """mean max(-adv ratio, -adv clip(ratio, 1 - c, 1 + c)) over B: [S, B] -> [S] (PPO, equation 7)."""
     ratio = log_ratio.exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean(-1)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return torch.maximum(-advantages * ratio, -advantages * clipped).mean(-1)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float) -> Tensor:
-    """1/2 mean max((V - R)^2, (V_clipped - R)^2) over M, V_clipped within c of the rollout's value: [S, M] -> [S]."""
+    """1/2 mean max((V - R)^2, (V_clipped - R)^2) over B, V_clipped within c of the rollout's value: [S, B] -> [S]."""
     clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square()).mean(-1)
 
 
+# ---------------------------------------------------------------------------------------------------------------- agent
+
+
+class Rollout(NamedTuple):
+    """num_steps vector steps; train() collects them one by one, each without the axis T."""
+
+    observations: Tensor  # [S, T, N, O], normalised
+    actions: Tensor  # [S, T, N, A], as sampled: not clipped to [-1, 1]
+    log_probs: Tensor  # [S, T, N], of the actions when they were sampled
+    values: Tensor  # [S, T, N], of the observations
+    rewards: Tensor  # [S, T, N], normalised
+    next_observations: Tensor  # [S, T, N, O], normalised, of the same episode
+    terminations: Tensor  # [S, T, N], 1 where the episode terminated
+    ends: Tensor  # [S, T, N], 1 where the episode terminated or was truncated
+
+
+class Batch(NamedTuple):
+    """Rows of a rollout, as the losses take them."""
+
+    observations: Tensor  # [S, B, O], normalised
+    actions: Tensor  # [S, B, A]
+    log_probs: Tensor  # [S, B], of the actions when they were sampled
+    values: Tensor  # [S, B], of the observations, before the update
+    advantages: Tensor  # [S, B]
+    returns: Tensor  # [S, B]
+
+
+class Agent:
+    """The networks of S seeds, their losses and what they learn from a rollout."""
+
+    def __init__(self, args: Args, O: int, A: int, device: torch.device):
+        self.args = args
+        self.device = device
+        self.actor = Actor(args.num_seeds, O, A).to(device)
+        self.critic = Critic(args.num_seeds, O, A).to(device)
+        self.reward_normalizer = RunningNormalizer(args.num_seeds, 1).to(device)
+        self.discounted_returns = torch.zeros(args.num_seeds, args.num_envs, device=device)  # of each episode so far
+        self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, args.learning_rate, eps=1e-5, fused=True)
+
+    def act(self, observations: Tensor, explore: bool) -> Tensor:
+        """The environment's observations [S, B, O] -> actions [S, B, A]."""
+        if explore:
+            actions, _, _ = self.sample(self.actor.normalizer(observations))
+        else:
+            actions = self.actor(observations)
+        return actions.clamp(-1, 1)
+
+    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised observations [S, B, O] -> actions [S, B, A], not clipped; log-probabilities, values [S, B]."""
+        mean = self.actor.network(observations)
+        actions = mean + self.actor.log_std.exp() * torch.randn_like(mean)
+        return actions, self.actor.log_prob(mean, actions), self.critic(observations)
+
+    def normalized_rewards(self, rewards: Tensor, terminations: Tensor) -> Tensor:
+        """A step's rewards [S, N] over the deviation of all discounted returns so far, within +-10: [S, N]."""
+        self.discounted_returns = self.args.gamma * (1 - terminations) * self.discounted_returns + rewards
+        self.reward_normalizer.update(self.discounted_returns.unsqueeze(-1))
+        return (rewards / self.reward_normalizer.scale().squeeze(-1)).clamp(-10, 10).float()
+
+    @torch.no_grad()
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """Of the rollout's actions, [S, T, N]."""
+        T, N = rollout.rewards.shape[1:]
+        next_values = self.critic(rollout.next_observations.flatten(1, 2)).unflatten(1, (T, N))
+        return gae(
+            rewards=rollout.rewards,
+            values=rollout.values,
+            next_values=next_values,
+            terminations=rollout.terminations,
+            ends=rollout.ends,
+            gamma=self.args.gamma,
+            gae_lambda=self.args.gae_lambda,
+        )
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss minus ent_coef times the entropy [S], and what to log."""
+        args = self.args
+        mean = self.actor.network(batch.observations)
+        log_ratio = self.actor.log_prob(mean, batch.actions) - batch.log_probs
+        advantages = batch.advantages
+        if args.norm_adv:
+            deviation = advantages.std(-1, keepdim=True) + 1e-8
+            advantages = (advantages - advantages.mean(-1, keepdim=True)) / deviation
+        surrogate = policy_loss(log_ratio, advantages, args.clip_coef)
+        entropy = self.actor.entropy()
+        metrics = {"losses/policy_loss": surrogate, "losses/entropy": entropy}
+        log_ratio = log_ratio.detach()
+        ratio = log_ratio.exp()
+        metrics["losses/approx_kl"] = (ratio - 1 - log_ratio).mean(-1)  # http://joschu.net/blog/kl-approx.html
+        metrics["losses/clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean(-1)
+        return surrogate - args.ent_coef * entropy, metrics
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value loss [S], and what to log."""
+        bound = self.args.clip_coef if self.args.clip_vloss else math.inf
+        loss = value_loss(self.critic(batch.observations), batch.values, batch.returns, bound)
+        return loss, {"losses/value_loss": loss}
+
+    def update(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Learns from a rollout; returns what to log: losses of the last minibatch, explained variance of all."""
+        args = self.args
+        advantages = self.advantages(rollout)
+        rows = Batch(
+            observations=rollout.observations.flatten(1, 2),
+            actions=rollout.actions.flatten(1, 2),
+            log_probs=rollout.log_probs.flatten(1),
+            values=rollout.values.flatten(1),
+            advantages=advantages.flatten(1),
+            returns=(advantages + rollout.values).flatten(1),
+        )
+        seed_index = torch.arange(args.num_seeds, device=self.device).unsqueeze(1)
+        for _ in range(args.update_epochs):
+            order = torch.rand(rows.returns.shape, device=self.device).argsort(-1)
+            for index in order.tensor_split(args.num_minibatches, -1):
+                batch = Batch(*[column[seed_index, index] for column in rows])
+                actor_loss, metrics = self.actor_loss(batch)
+                critic_loss, critic_metrics = self.critic_loss(batch)
+                metrics |= critic_metrics
+                loss = actor_loss + args.vf_coef * critic_loss
+                self.optimizer.zero_grad()
+                loss.sum().backward()  # no term couples two seeds
+                clip_gradients(self.parameters, args.max_grad_norm)
+                self.optimizer.step()
+        unexplained = rows.advantages.var(-1) / rows.returns.var(-1).clamp_min(1e-8)
+        return detached(metrics | {"losses/explained_variance": 1 - unexplained})
+
+    def state(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint holds, by name."""
+        return {
+            "actor": self.actor,
+            "critic": self.critic,
+            "optimizer": self.optimizer,
+            "reward_normalizer": self.reward_normalizer,
+        }
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: metric.detach() for name, metric in metrics.items()}
+
+
 def clip_gradients(parameters: list[Tensor], max_norm: float) -> None:
-    """Scales each seed's gradient down to the norm max_norm, whatever the other seeds' are."""
-    norm = sum(p.grad.flatten(1).square().sum(1) for p in parameters).sqrt()
-    for p in parameters:
-        p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1).view(-1, *[1] * (p.dim() - 1))
+    """Scales each seed's gradient down to the norm max_norm, whatever the other seeds' are; parameters [S, ., .]."""
+    norm = sum(parameter.grad.square().sum((1, 2)) for parameter in parameters).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for parameter in parameters:
+        parameter.grad *= factor.view(-1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
+    """One environment with observations [O] and actions in [-1, 1]^A; raises gym.error.Error if it cannot be used.
+
+    module:id imports your module, which registers the id; env_kwargs is JSON. kwargs: play.py's render_mode.
+    """
+    if env_id == "LunarLander-v3":
+        env_id = "LunarLanderContinuous-v3"
+    elif env_id.startswith("dm_control/"):
+        env_id = f"shimmy:{env_id}"
+    elif env_id.startswith("h1-"):  # README.md says how to get it
+        env_id = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0"
+        kwargs = {"render_mode": None} | kwargs  # its default opens a window
+    elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
+        env_id = f"shimmy:dm_control/{env_id}-v0"
+    env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **kwargs)
+    return NormalizedEnv(env)
+
+
+class NormalizedEnv(gym.Wrapper):
+    """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
+
+    Observations and actions of any shape are flattened. What nobody here reads is not sent between processes: infos.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        for space in leaf_spaces(env.observation_space):
+            if is_image(space):
+                raise gym.error.Error(f"it observes images ({space}): leave them out, or encode them, in a wrapper")
+            if not isinstance(space, NUMERIC_SPACES):
+                raise gym.error.Error(f"its observations must be numbers, not {space}")
+        self.action_box = own_action_box(env)  # its own units
+        O = gym.spaces.flatdim(env.observation_space)
+        A = int(np.prod(self.action_box.shape))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (O,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (A,), np.float32)
+
+    def reset(self, **kwargs):
+        observation, _ = self.env.reset(**kwargs)
+        return self.flattened(observation), {}
+
+    def step(self, action):
+        own_action = in_own_units(action, self.action_box).reshape(self.action_box.shape)
+        observation, reward, terminated, truncated, _ = self.env.step(own_action)
+        if np.size(reward) != 1:
+            raise ValueError(f"its reward must be one number, not {reward}")
+        return self.flattened(observation), np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
+
+    def flattened(self, observation) -> np.ndarray:
+        flat = gym.spaces.flatten(self.env.observation_space, observation).astype(np.float32)
+        if flat.shape != self.observation_space.shape:
+            raise ValueError(f"its observations must have {self.observation_space.shape[0]} numbers, not {flat.size}")
+        return flat
+
+
+NUMERIC_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+
+
+def leaf_spaces(space: gym.Space) -> list[gym.Space]:
+    """The spaces that a Dict or a Tuple is made of, in the order of the flat observation."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = space.values()
+    elif isinstance(space, gym.spaces.Tuple):
+        parts = space.spaces
+    else:
+        return [space]
+    return [leaf for part in parts for leaf in leaf_spaces(part)]
+
+
+def is_image(space: gym.Space) -> bool:
+    """Bytes in rows and columns, or one to four large planes of any number."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) < 2:
+        return False
+    sides = sorted(space.shape)
+    return space.dtype == np.uint8 or (len(sides) == 3 and sides[0] <= 4 and sides[1] >= 16)
+
+
+def own_action_box(env: gym.Env) -> gym.spaces.Box:
+    """The bounds of the actions that env itself takes, in its own units and shape; raises gym.error.Error without."""
+    box = env.action_space
+    layer = env
+    while isinstance(layer, gym.Wrapper) and layer.env.action_space is box:
+        layer = layer.env
+    if isinstance(layer, gym.wrappers.ClipAction):  # it takes any number, and clips to the bounds of what it wraps
+        box = layer.env.action_space
+    if not isinstance(box, gym.spaces.Box) or not np.issubdtype(box.dtype, np.floating):
+        raise gym.error.Error(f"its actions must be a Box of real numbers, not {box}")
+    if not max(np.abs(box.low).max(), np.abs(box.high).max()) < 1e9:
+        raise gym.error.Error(f"its actions must be bounded, not {box}")
+    return box
+
+
+def in_own_units(actions: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
+    """Actions of [-1, 1], [..., A], within the bounds of box; a component whose bounds are equal is constant."""
+    low = box.low.ravel().astype(float)
+    high = box.high.ravel().astype(float)
+    scaled = low + (actions + 1) / 2 * (high - low)
+    return scaled.clip(low, high).astype(box.dtype)
+
+
+def make_envs(args: Args, seeds: list[int]) -> gym.vector.VectorEnv:
+    """An environment for each seed, several with a process each. infos["final_obs"] has an ended episode's last one."""
+    make_vector = OneEnv if len(seeds) == 1 else gym.vector.AsyncVectorEnv
+    makers = [partial(make_seeded_env, args, seed) for seed in seeds]
+    return make_vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def make_seeded_env(args: Args, seed: int) -> gym.Env:
+    """In a worker of its own, unless it is the only environment."""
+    if multiprocessing.parent_process():
+        for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    random.seed(seed)  # for an environment that draws from these: forked workers have equal ones
+    np.random.seed(seed)
+    return make_env(args.env_id, args.env_kwargs)
+
+
+class OneEnv(gym.vector.SyncVectorEnv):
+    """One environment in this process, with AsyncVectorEnv's two calls for a step."""
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self, timeout: float) -> tuple:
+        return self.step(self.actions)
+
+
+def start_seeds(args: Args, step: int, purpose: int, count: int) -> list[int]:
+    """Seeds of count environments; purpose is 0 for training, 1 for the evaluation."""
+    return np.random.SeedSequence([args.seed, step, purpose]).generate_state(count).tolist()
+
+
+def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
+    """The sizes of its observations and actions, and its own actions' bounds. A user's mistake if a step fails."""
+    try:
+        env = make_env(args.env_id, args.env_kwargs)
+        env.reset(seed=args.seed)
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        env.close()
+    except Exception as error:  # whatever a stranger's constructor raises
+        message = " ".join(str(error).split())[:500]
+        if not isinstance(error, gym.error.Error):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
+        if isinstance(error, ImportError):
+            message += "; README.md says how to install it"
+        if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
+            message += "; MUJOCO_GL=egl lets it render"
+        fail(f"--env-id {args.env_id}: {message}")
+    return env.observation_space.shape[0], env.action_space.shape[0], env.action_box
+
+
+def check_finite(step: int, **columns: np.ndarray) -> None:
+    """Ends the run at a number that float32 does not hold; columns [S * N, ...] by name."""
+    largest = np.finfo(np.float32).max
+    for name, column in columns.items():
+        good = np.abs(column) <= largest  # NaN is not
+        if not good.all():
+            index = int(np.argwhere(~good)[0][0])
+            sys.exit(f"step {step}: the {name} of environment {index} is not finite: {column[index]}")
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+EPISODE_LIMIT = 10_000  # steps of an evaluation's episode, for an environment that never ends one
 
 
 def smoothness(actions: np.ndarray) -> float:
-    """How much actions [T, A] oscillate: mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T; lower is smoother (CAPS, 2021)."""
+    """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021)."""
     T = len(actions)
-    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]
-    return float((2 / T * (np.arange(T // 2) / T) @ spectrum).mean())
+    frequencies = np.arange(T // 2) / T
+    spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]  # [T // 2, A]
+    return float((2 / T * (frequencies @ spectrum)).mean())
 
 
-def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[tuple]:
-    """An episode of the deterministic policy in each environment: rows of EVAL_COLUMNS, none if told to stop meanwhile.
+def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[dict]:
+    """An episode of the deterministic policy in each environment: rows of eval.csv; none if told to stop meanwhile.
 
-    Smoothness, and fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are of actions in box, the environment's own units.
+    smoothness and action_fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are in the environment's units, box.
     """
-    seeds = np.random.SeedSequence([args.seed, step, 1]).generate_state(envs.num_envs)  # those of training have 0 for the 1
-    observations, _ = envs.reset(seed=seeds.tolist())
-    running, returns, lengths = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
+    observations, _ = envs.reset(seed=start_seeds(args, step, 1, envs.num_envs))
+    running = np.ones(envs.num_envs, bool)
+    returns = np.zeros(envs.num_envs)
+    lengths = np.zeros(envs.num_envs, int)
     actions = []
-    while running.any() and not STOP:
+    while running.any() and len(actions) < EPISODE_LIMIT:
+        if STOP_REQUESTS:
+            return []
         actions.append(policy(observations))
+        check_finite(step, action=actions[-1])
         envs.step_async(actions[-1])
         observations, rewards, terminations, truncations, _ = envs.step_wait(timeout=300)
+        check_finite(step, observation=observations, reward=rewards)
         returns += rewards * running
         lengths += running
         running &= ~(terminations | truncations)
+    if running.any():
+        print(f"step {step}: an evaluation's episode had no end and was cut at {EPISODE_LIMIT} steps", flush=True)
     rows = []
-    for index in range(0 if STOP else envs.num_envs):
-        (seed, episode), T = divmod(index, args.eval_episodes), int(lengths[index])
-        taken = box.low + (np.stack([a[index] for a in actions[:T]]) + 1) / 2 * (box.high - box.low)  # [T, A]
-        fluctuation = float(np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T)
-        row = (step, step * args.num_envs, args.seed + seed, episode, float(returns[index]), T, smoothness(taken), fluctuation)
+    for index, T in enumerate(lengths.tolist()):
+        seed, episode = divmod(index, args.eval_episodes)
+        taken = np.stack([action[index] for action in actions[:T]])  # [T, A]
+        taken = in_own_units(taken, box)
+        fluctuation = np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T
+        row = {"step": step, "transitions": step * args.num_envs, "seed": args.seed + seed, "episode": episode}
+        row |= {"return": float(returns[index]), "length": T}
+        row |= {"smoothness": smoothness(taken), "action_fluctuation": float(fluctuation)}
         rows.append(row)
     return rows
 
 
+# -------------------------------------------------------------------------------------------------------- a run on disk
+
+
+def open_folder(args: Args) -> Path:
+    """The folder to resume, or a new one that no other run shares, with args.json in it."""
+    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
+    timestamp = int(time.time())
+    folder = Path(args.resume or "")
+    try:
+        while not args.resume:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{timestamp}"
+            folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # of a run that began in the same second
+                timestamp += 1
+        write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror} (--runs-dir names another place)")
+    return folder
+
+
 def write_atomically(path: Path, write: Callable) -> None:
-    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole. write(binary file)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, episodes: list[tuple], replay) -> None:
-    """state: networks and optimisers, by name. A run killed between the two files resumes with a slightly older replay."""
-    states = {name: module.state_dict() for name, module in state.items()}
-    for name, saved in states.items():  # Adam's moments overflow before a network does
-        if not all(leaf.isfinite().all() for leaf in torch.utils._pytree.tree_leaves(saved) if isinstance(leaf, Tensor)):
+def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> None:
+    """rows: of all evaluations so far."""
+    policies = {"actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
+    write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, policies))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "eval.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
+    """A run that is killed between the two files resumes with an older replay."""
+    saved = {"step": step}
+    for name, module in agent.state().items():
+        if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
             sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
-    write_atomically(folder / "checkpoint.pt", partial(torch.save, {"step": step, "episodes": episodes, **states}))
+        saved[name] = module.state_dict()
+    write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
         rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
         write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
 
 
-def load_checkpoint(folder: Path, state: dict, replay) -> tuple[int, list[tuple]]:
-    """Restores what save_checkpoint saved, without running code from the files; returns the step and the evaluated episodes."""
+def tensors_of(module: nn.Module | torch.optim.Optimizer) -> list[Tensor]:
+    """A network's weights, or the moments of an optimiser, which overflow first."""
+    if isinstance(module, nn.Module):
+        return list(module.state_dict().values())
+    return [tensor for moments in module.state.values() for tensor in moments.values()]
+
+
+def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[dict]]:
+    """Restores what was saved, running no code from the files; returns the step and the rows of eval.csv up to it."""
+    folder = Path(args.resume)
     try:
         saved = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-        for name, module in state.items():
-            if "param_groups" in saved[name]:  # this run's learning rate and device
+        step = saved["step"]
+        if step > args.total_timesteps:
+            raise ValueError(f"it is at step {step} already, --total-timesteps is {args.total_timesteps}")
+        for name, module in agent.state().items():
+            if "param_groups" in saved[name]:  # an optimiser: this run's learning rate and device
                 saved[name]["param_groups"] = module.state_dict()["param_groups"]
             module.load_state_dict(saved[name])
         if replay and (folder / "replay.pt").exists():
             stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
             replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
             replay.steps = stored["steps"]
-            replay.filled.fill_(stored["rows"].shape[1] * replay.rows.shape[2])
-        return saved["step"], saved["episodes"]
+            replay.filled.fill_(stored["rows"].shape[1] * args.num_envs)
+        with open(folder / "eval.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        return step, rows
     except Exception as error:  # torch.load has half a dozen for a damaged file
         fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])
 
 
-def start_log(folder: Path, args: Args, step: int) -> Callable:
-    """log(step, scalars): to TensorBoard, the terminal and, with --track, Weights & Biases. charts/SPS counts vector steps."""
-    arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
-    write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
-    writer.add_text("hyperparameters", f"    {arguments}".replace("\n", "\n    "))
-    if args.track:
-        import wandb
+class Log:
+    """TensorBoard, the terminal (a bar, or lines where it is none) and, with --track, Weights & Biases."""
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name, "id": folder.name}
-        wandb.init(**names, group=f"{args.env_id}__{args.exp_name}", resume="allow", config=asdict(args), save_code=True)
-        wandb.define_metric("*", step_metric="global_step")
-    print(folder, flush=True)
-    shown, last = {}, [step, time.perf_counter()]
-
-    def log(step: int, scalars: dict[str, float]) -> None:
-        if step > last[0]:
-            speed = (step - last[0]) / (time.perf_counter() - last[1])
-            scalars |= {"charts/SPS": speed, "charts/transitions": step * args.num_envs}
-        last[:] = step, time.perf_counter()
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
+    def __init__(self, folder: Path, args: Args, step: int):
+        self.args = args
+        self.last_step = step
+        self.last_time = time.perf_counter()
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", leave=False, disable=None)
         if args.track:
-            wandb.log({**scalars, "global_step": step})
-        shown.update({name: f"{value:.4g}" for name, value in scalars.items() if name.startswith(("eval/", "charts/SPS"))})
-        print(f"step {step}/{args.total_timesteps}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
+            import wandb
 
-    return log
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                group=f"{args.env_id}__{args.exp_name}",
+                name=folder.name,
+                id=folder.name,
+                resume="allow",
+                config=asdict(args),
+                save_code=True,
+            )
+            wandb.define_metric("*", step_metric="global_step")
+            self.wandb = wandb
+
+    def training(self, step: int, scalars: dict[str, float]) -> None:
+        """charts/SPS counts vector steps a second since the last call."""
+        speed = (step - self.last_step) / (time.perf_counter() - self.last_time)
+        self.last_step = step
+        self.last_time = time.perf_counter()
+        self.write(step, scalars | {"charts/SPS": speed, "charts/transitions": step * self.args.num_envs})
+        shown = {"SPS": f"{speed:.1f}"}
+        if "charts/episodic_return" in scalars:
+            shown["return"] = f"{scalars['charts/episodic_return']:.4g}"
+        if self.bar.disable:
+            if any(name.startswith("losses/") for name in scalars):  # the random steps at first are no measure
+                shown["left"] = tqdm.format_interval((self.args.total_timesteps - step) / speed)
+            self.say(step, " ".join(f"{name} {value}" for name, value in shown.items()))
+        else:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def evaluating(self, step: int) -> None:
+        if self.bar.disable:
+            self.say(step, "evaluating")
+        else:
+            self.bar.set_description("evaluating")
+
+    def evaluation(self, step: int, rows: list[dict]) -> None:
+        """rows of eval.csv."""
+        self.bar.set_description("")
+        measures = ("return", "smoothness", "action_fluctuation")
+        means = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in measures}
+        self.write(step, means)
+        self.say(step, " ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        self.last_time = time.perf_counter()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        if self.args.track:
+            self.wandb.log({**scalars, "global_step": step})
+
+    def say(self, step: int, text: str) -> None:
+        with tqdm.external_write_mode():
+            print(f"step {step}/{self.args.total_timesteps} {text}", flush=True)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.bar.close()
+        if self.args.track:
+            self.wandb.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STOP_REQUESTS = []  # when a signal asked to save and stop
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SLURM sends SIGUSR1 if asked to, a closed terminal SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]  # Windows lacks two
+
+
+def listen_for_stop() -> None:
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's SIGHUP
+            signal.signal(number, request_stop)
 
 
 def request_stop(number: int, _) -> None:
-    if STOP and number == signal.SIGINT and time.monotonic() > STOP[0] + 1:  # sooner it is one request, that uv sent on
-        os._exit(128 + number)
-    STOP.append(time.monotonic())
-    os.write(2, b"\nsaving, then stopping; again to stop at once\n")
+    if STOP_REQUESTS and number == signal.SIGINT and time.monotonic() > STOP_REQUESTS[0] + 1:
+        os._exit(128 + number)  # asked twice; within a second it is one Ctrl-C, which uv passes on once more
+    STOP_REQUESTS.append(time.monotonic())
+    os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once\n")
+
+
+def fail(message: str) -> None:
+    """A user's mistake: one line, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_args(args, may_be_zero: tuple[str, ...], at_most_one: tuple[str, ...]) -> None:
+    """Raises ValueError for a number out of range, of which tyro makes a message and exit status 2."""
+    for name, value in vars(args).items():
+        if type(value) not in (int, float):
+            continue
+        least = 1 if type(value) is int and name not in ("seed", *may_be_zero) else 0
+        most = 1 if name in at_most_one else 2**32
+        if not least <= value <= most:  # NaN is in no range
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}, at most {most}")
+    try:
+        env_kwargs = json.loads(args.env_kwargs)
+    except ValueError:
+        env_kwargs = None
+    if not isinstance(env_kwargs, dict):
+        raise ValueError(f"--env-kwargs {args.env_kwargs}: not a JSON object")
+
+
+def parse_args() -> Args:
+    """The command line, over the arguments of the run to resume or over SETTINGS."""
+    args = tyro.cli(Args)  # says which environment and which run; read again below, over their defaults
+    if not args.resume:
+        return tyro.cli(Args, default=Args(**SETTINGS.get(args.env_id, {})))
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        if saved.pop("script") != Path(__file__).stem:
+            raise ValueError("it belongs to another script")
+        default = Args(**saved | {"resume": args.resume})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fail(f"--resume {args.resume}: no run of this script ({error})")
+    args = tyro.cli(Args, default=default)
+    for name in ("env_id", "env_kwargs", "seed", "num_seeds", "num_envs", "buffer_size"):
+        if getattr(args, name, None) != getattr(default, name, None):
+            fail(f"--resume {args.resume}: {name} was {getattr(default, name)}")
+    return args
+
+
+def resume_command(folder: Path) -> str:
+    """To be pasted into the shell that started this run."""
+    python = Path(sys.executable).name
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # uv run sets it
+        launcher = ["uv", "run"]
+    elif shutil.which(python) == sys.executable:
+        launcher = [python]
+    else:
+        launcher = [sys.executable]
+    return shlex.join([*launcher, sys.argv[0], "--resume", str(folder)])
+
+
+def prepare_process(num_workers: int) -> None:
+    """Threads, memory and rendering, before the first tensor."""
+    free_cores = torch.get_num_threads() - num_workers + 1
+    torch.set_num_threads(max(1, min(4, free_cores)))
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
+    if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_scalars(finished_returns: list[list[float]], first_seed: int) -> dict[str, float]:
+    """The mean return of the episodes that have ended, over all seeds and, with several, of each."""
+    scalars = {}
+    if any(finished_returns):
+        scalars["charts/episodic_return"] = float(np.mean(np.concatenate(finished_returns)))
+    if len(finished_returns) > 1:
+        for seed, returns in enumerate(finished_returns, first_seed):
+            if returns:
+                scalars[f"charts/episodic_return_seed_{seed}"] = float(np.mean(returns))
+    return scalars
 
 
 def train(args: Args) -> None:
-    S, N = args.num_seeds, args.num_envs
+    S = args.num_seeds
+    N = args.num_envs
+    prepare_process(S * N)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, min(4, torch.get_num_threads() - S * N + 1)))  # the environments want the other cores
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)  # keep freed memory: the page faults would take a third of a CPU's update
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    os.environ["MUJOCO_GL"] = "disabled"  # nothing is rendered; EGL can load an LLVM that crashes Triton
-    try:
-        env = make_env(args.env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        fail(f"--env-id {args.env_id}: {error}" + " (how to install it: README.md)" * isinstance(error, ImportError))
-    (O,), (A,), action_box = env.observation_space.shape, env.action_space.shape, env.unwrapped.action_space
+    O, A, action_box = try_environment(args)
 
     torch.manual_seed(args.seed)
-    actor, critic, reward_normalizer = Actor(S, O, A).to(device), Critic(S, O, A).to(device), RunningNormalizer(S, 1).to(device)
-    parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
-    state = {"actor": actor, "critic": critic, "optimizer": optimizer, "reward_normalizer": reward_normalizer}
-    rollout = {"observations": O, "actions": A, "next_observations": O}
-    rollout |= dict.fromkeys(("log_probs", "values", "rewards", "terminations", "ends"), 1)
-    rollout = {name: torch.zeros(S, args.num_steps, N, width, device=device) for name, width in rollout.items()}
+    agent = Agent(args, O, A, device)
 
-    def update() -> dict[str, Tensor]:
-        """Learns from the full rollout."""
-        numbers = {name: rollout[name].squeeze(-1) for name in ("rewards", "values", "terminations", "ends")}
-        with torch.no_grad():
-            numbers["next_values"] = critic(rollout["next_observations"].flatten(1, 2)).view(S, args.num_steps, N)
-            advantages = gae(**numbers, gamma=args.gamma, gae_lambda=args.gae_lambda)
-        rows = {name: rollout[name].flatten(1, 2) for name in ("observations", "actions")}
-        rows |= {name: rollout[name].flatten(1) for name in ("log_probs", "values")}
-        rows |= {"advantages": advantages.flatten(1), "returns": (advantages + numbers["values"]).flatten(1)}
-        for _ in range(args.update_epochs):
-            order = torch.rand(S, args.num_steps * N, device=device).argsort(-1)
-            for index in order.tensor_split(args.num_minibatches, -1):
-                batch = {name: column[torch.arange(S, device=device)[:, None], index] for name, column in rows.items()}
-                log_ratio = actor.log_prob(actor.network(batch["observations"]), batch["actions"]) - batch["log_probs"]
-                values, advantages = critic(batch["observations"]), batch["advantages"]
-                if args.norm_adv:
-                    advantages = (advantages - advantages.mean(-1, keepdim=True)) / (advantages.std(-1, keepdim=True) + 1e-8)
-                pg_loss, entropy = policy_loss(log_ratio, advantages, args.clip_coef), actor.entropy()
-                v_loss = value_loss(values, batch["values"], batch["returns"], args.clip_coef if args.clip_vloss else math.inf)
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                loss.sum().backward()  # no term couples two seeds
-                clip_gradients(parameters, args.max_grad_norm)
-                optimizer.step()
-        losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
-        losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean(-1)  # http://joschu.net/blog/kl-approx.html
-        losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(-1)
-        losses["explained_variance"] = 1 - rows["advantages"].var(-1) / rows["returns"].var(-1).clamp_min(1e-8)
-        return {f"losses/{name}": value.detach() for name, value in losses.items()}
+    step = 0
+    evaluations = []  # rows of eval.csv
+    if args.resume:
+        step, evaluations = load_checkpoint(args, agent, replay=None)
+    folder = open_folder(args)
+    print(folder, flush=True)
 
     @torch.no_grad()
     def policy(observations: np.ndarray) -> np.ndarray:
         """observations [S * E, O] -> actions [S * E, A]."""
-        return actor(torch.from_numpy(observations).unflatten(0, (S, -1)).to(device)).clamp(-1, 1).flatten(0, 1).cpu().numpy()
+        batch = torch.from_numpy(observations).to(device).unflatten(0, (S, -1))
+        return agent.act(batch, explore=False).flatten(0, 1).cpu().numpy()
 
-    @torch.no_grad()
-    def explore(observations: np.ndarray) -> dict[str, Tensor]:
-        """A step's columns of the rollout; the actions are a sample of the Gaussian, not yet clipped."""
-        observations = torch.from_numpy(observations).unflatten(0, (S, N)).to(device)
-        actor.normalizer.update(observations)
-        observations = actor.normalizer(observations)
-        mean = actor.network(observations)
-        actions = mean + actor.log_std.exp() * torch.randn_like(mean)
-        log_probs, values = actor.log_prob(mean, actions).unsqueeze(-1), critic(observations).unsqueeze(-1)
-        return {"observations": observations, "actions": actions, "log_probs": log_probs, "values": values}
+    def by_seed(column: np.ndarray) -> Tensor:
+        """[S * N, ...] -> [S, N, ...] in float32, on the training device."""
+        return torch.as_tensor(column, dtype=torch.float32, device=device).unflatten(0, (S, N))
 
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    folder = Path(args.resume or f"runs/{name}")
-    step, episodes = load_checkpoint(folder, state, None) if args.resume else (0, [])
     torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
-    envs, eval_envs = make_envs(args.env_id, S * N), make_envs(args.env_id, S * args.eval_episodes)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-    log = start_log(folder, args, step)
+    training_seeds = start_seeds(args, step, 0, S * N)
+    envs = make_envs(args, training_seeds)
+    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
+    listen_for_stop()
+    log = Log(folder, args, step)
 
-    observations, _ = envs.reset(seed=np.random.SeedSequence([args.seed, step, 0]).generate_state(S * N).tolist())
-    episode_returns, finished, metrics = np.zeros(S * N), [], {}
-    discounted_returns = torch.zeros(S, N, 1, device=device)  # of each episode so far: their spread is the rewards' scale
-    row = 0  # of the rollout; a resumed run begins a new one
+    observations, _ = envs.reset(seed=training_seeds)
+    episode_returns = np.zeros(S * N)
+    finished_returns = [[] for _ in range(S)]  # of each seed, since the last point of the log
+    collected = []  # steps of a rollout; a resumed run begins a new one
+    metrics = {}
     while True:
-        at_end = step >= args.total_timesteps
-        if (step % args.eval_every == 0 or at_end) and not (episodes and episodes[-1][0] == step):
-            if rows := evaluate(policy, eval_envs, args, step, action_box):
-                episodes += rows
-                networks = {"actor": actor.state_dict(), "critic": critic.state_dict()}
-                write_atomically(folder / f"policies/step_{step:09d}.pt", partial(torch.save, networks))
-                text = "\n".join([EVAL_COLUMNS, *(",".join(map(str, row)) for row in episodes), ""])
-                write_atomically(folder / "eval.csv", lambda file: file.write(text.encode()))
-                means = np.mean(rows, 0)
-                log(step, {"eval/return": means[4], "eval/smoothness": means[6], "eval/action_fluctuation": means[7]})
-        if step % args.save_every == 0 or at_end or STOP:
-            save_checkpoint(folder, step, state, episodes, None)
-        if at_end or STOP:
+        is_last = step == args.total_timesteps
+        is_evaluated = bool(evaluations) and int(evaluations[-1]["step"]) == step  # by the run that this one resumes
+        if (step % args.eval_every == 0 or is_last) and not is_evaluated:
+            log.evaluating(step)
+            rows = evaluate(policy, eval_envs, args, step, action_box)
+            if rows:
+                evaluations += rows
+                save_evaluation(folder, step, agent, evaluations)
+                log.evaluation(step, rows)
+        if step % args.save_every == 0 or is_last or STOP_REQUESTS:
+            save_checkpoint(folder, step, agent, None)
+        if is_last or STOP_REQUESTS:
             break
 
-        columns = explore(observations)
-        envs.step_async(columns["actions"].clamp(-1, 1).flatten(0, 1).cpu().numpy())
+        agent.actor.normalizer.update(by_seed(observations))
+        normalized = agent.actor.normalizer(by_seed(observations))
+        with torch.no_grad():
+            sampled, log_probs, values = agent.sample(normalized)
+        actions = sampled.clamp(-1, 1).flatten(0, 1).cpu().numpy()
+        check_finite(step, action=actions)
+        envs.step_async(actions)
         next_observations, rewards, terminations, truncations, infos = envs.step_wait(timeout=300)
-        done, final_observations = terminations | truncations, next_observations.copy()
+
+        done = terminations | truncations
+        final_observations = next_observations.copy()
         if done.any():  # there next_observations already begin the next episode
             final_observations[done] = np.stack(infos["final_obs"][done])
-        if not (np.isfinite(final_observations).all() and np.isfinite(rewards).all()):
-            sys.exit("an environment returned a number that is not finite")
-        outcome = {"next_observations": final_observations, "rewards": rewards, "terminations": terminations, "ends": done}
-        for name, column in outcome.items():
-            columns[name] = torch.as_tensor(column, dtype=torch.float32, device=device).reshape(S, N, -1)
-        discounted_returns = discounted_returns * args.gamma * (1 - columns["terminations"]) + columns["rewards"]
-        reward_normalizer.update(discounted_returns)
-        columns["rewards"] = (columns["rewards"] / reward_normalizer.scale()).clamp(-10, 10)
-        columns["next_observations"] = actor.normalizer(columns["next_observations"])
-        for name, column in columns.items():
-            rollout[name][:, row] = column
+        check_finite(step, observation=final_observations, reward=rewards)
+        collected.append(
+            Rollout(
+                observations=normalized,
+                actions=sampled,
+                log_probs=log_probs,
+                values=values,
+                rewards=agent.normalized_rewards(by_seed(rewards), by_seed(terminations)),
+                next_observations=agent.actor.normalizer(by_seed(final_observations)),
+                terminations=by_seed(terminations),
+                ends=by_seed(done),
+            )
+        )
         observations = next_observations
-        step, row = step + 1, (row + 1) % args.num_steps
-        if row == 0:
-            share_left = 1 - (step - args.num_steps) / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (share_left if args.anneal_lr else 1)
-            metrics |= update()
+        step += 1
+
+        if len(collected) == args.num_steps:
+            if args.anneal_lr:
+                share_left = 1 - (step - args.num_steps) / args.total_timesteps  # at the rollout's start
+                agent.optimizer.param_groups[0]["lr"] = args.learning_rate * share_left
+            rollout = Rollout(*[torch.stack(column, 1) for column in zip(*collected)])
+            metrics = agent.update(rollout)
+            collected = []
 
         episode_returns += rewards
-        finished += list(episode_returns[done])
-        episode_returns[done] = 0
+        for index in np.flatnonzero(done):
+            finished_returns[index // N].append(episode_returns[index])
+            episode_returns[index] = 0
         if step % args.log_every == 0:
             scalars = {name: metric.mean().item() for name, metric in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
                 sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
-            log(step, scalars | ({"charts/episodic_return": np.mean(finished)} if finished else {}))
-            finished = []
+            log.training(step, scalars | return_scalars(finished_returns, args.seed))
+            finished_returns = [[] for _ in range(S)]
     envs.close()
     eval_envs.close()
-    if STOP:
-        print(f"stopped at step {step}; go on with: python {sys.argv[0]} --resume {folder}")
+    log.close()
+    if STOP_REQUESTS:
+        print(f"stopped at step {step}; go on with: {resume_command(folder)}")
+    else:
+        print(f"finished {folder}: benchmark/play.py shows its policy, benchmark/export.py exports it")
 
 
 if __name__ == "__main__":
     try:
         train(parse_args())
-    finally:  # workers ignore SIGTERM: whatever ends the run, none outlives it
+    finally:  # workers ignore signals: end those that are left, however the run ended
         for worker in multiprocessing.active_children():
             worker.kill()

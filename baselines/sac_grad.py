@@ -39,6 +39,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -675,7 +676,7 @@ def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> 
     write_atomically(folder / "eval.csv", lambda file: file.write(text.getvalue().encode()))
 
 
-def save_checkpoint(folder: Path, step: int, agent: Agent, replay: "ReplayBuffer | None") -> None:
+def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
     """A run that is killed between the two files resumes with an older replay."""
     saved = {"step": step}
     for name, module in agent.state().items():
@@ -695,7 +696,7 @@ def tensors_of(module: nn.Module | torch.optim.Optimizer) -> list[Tensor]:
     return [tensor for moments in module.state.values() for tensor in moments.values()]
 
 
-def load_checkpoint(args: Args, agent: Agent, replay: "ReplayBuffer | None") -> tuple[int, list[dict]]:
+def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[dict]]:
     """Restores what was saved, running no code from the files; returns the step and the rows of eval.csv up to it."""
     folder = Path(args.resume)
     try:
@@ -727,7 +728,8 @@ class Log:
         self.last_step = step
         self.last_time = time.perf_counter()
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
-        self.writer.add_text("hyperparameters", f"    {json.dumps(asdict(args), indent=8)}")
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", leave=False, disable=None)
         if args.track:
             import wandb
@@ -829,8 +831,12 @@ def check_args(args, may_be_zero: tuple[str, ...], at_most_one: tuple[str, ...])
         most = 1 if name in at_most_one else 2**32
         if not least <= value <= most:  # NaN is in no range
             raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}, at most {most}")
-    if not isinstance(json.loads(args.env_kwargs), dict):
-        raise ValueError(f"--env-kwargs {args.env_kwargs}: no JSON object")
+    try:
+        env_kwargs = json.loads(args.env_kwargs)
+    except ValueError:
+        env_kwargs = None
+    if not isinstance(env_kwargs, dict):
+        raise ValueError(f"--env-kwargs {args.env_kwargs}: not a JSON object")
 
 
 def parse_args() -> Args:
@@ -853,8 +859,15 @@ def parse_args() -> Args:
 
 
 def resume_command(folder: Path) -> str:
-    python = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else ["python"]
-    return shlex.join([*python, sys.argv[0], "--resume", str(folder)])
+    """To be pasted into the shell that started this run."""
+    python = Path(sys.executable).name
+    if "UV_RUN_RECURSION_DEPTH" in os.environ:  # uv run sets it
+        launcher = ["uv", "run"]
+    elif shutil.which(python) == sys.executable:
+        launcher = [python]
+    else:
+        launcher = [sys.executable]
+    return shlex.join([*launcher, sys.argv[0], "--resume", str(folder)])
 
 
 def prepare_process(num_workers: int) -> None:
@@ -900,6 +913,10 @@ def train(args: Args) -> None:
         step, evaluations = load_checkpoint(args, agent, replay)
     folder = open_folder(args)
     print(folder, flush=True)
+    training_seeds = start_seeds(args, step, 0, S * N)
+    envs = make_envs(args, training_seeds)
+    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
+    listen_for_stop()
 
     @torch.no_grad()
     def policy(observations: np.ndarray, explore: bool = False) -> np.ndarray:
@@ -925,12 +942,8 @@ def train(args: Args) -> None:
             update_critic = CapturedUpdate(update_critic)
             update_both = CapturedUpdate(update_both)
 
-    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
-    training_seeds = start_seeds(args, step, 0, S * N)
-    envs = make_envs(args, training_seeds)
-    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
-    listen_for_stop()
     log = Log(folder, args, step)
+    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
 
     observations, _ = envs.reset(seed=training_seeds)
     previous_observations = observations

@@ -2,24 +2,35 @@
 
     python benchmark/export.py runs/NAME --seed 3 --step 50000
 
-Writes policy_seed3_step000050000.onnx and .pt2 into the run's folder, compares both with the script's actor and times them.
-Their user needs onnxruntime, or torch, and nothing else; float32 observations [B, O] -> actions [B, A], any B:
+Writes policy_seed3_step000050000.onnx and .pt2 into the run's folder, compares both with the script's agent and times
+them. Their user needs onnxruntime, or torch, and nothing else; float32 observations [B, O] -> actions [B, A], any B:
 
     session = onnxruntime.InferenceSession("policy_seed3_step000050000.onnx")
     (actions,) = session.run(None, {"observations": observations})
     actions = torch.export.load("policy_seed3_step000050000.pt2").module()(torch.from_numpy(observations))
+
+Both say what they are, in the names that metadata() below lists; the .pt2 gives those that it is asked for:
+
+    about = session.get_modelmeta().custom_metadata_map  # {"env_id": "Ant-v5", "time_step": "0.05", ...}
+    high = json.loads(about["action_high"])
+    about = {"env_id": "", "time_step": ""}
+    torch.export.load("policy_seed3_step000050000.pt2", extra_files=about)
 """
 
+import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import onnxruntime
+import pandas as pd
 import torch
 import tyro
-from play import Run, load_run
+from play import Player, load_player, time_step
+from torch import Tensor, nn
 
 
 @dataclass
@@ -29,39 +40,110 @@ class Args:
     step: int | None = None  # of the run's saved policies; the last
 
 
-def export(run: Run) -> tuple[Path, Path]:
-    """Writes a run's policy; returns the paths of the ONNX and the .pt2 file."""
-    path = run.folder / f"policy_seed{run.seed}_step{run.step:09d}"
-    onnx, pt2 = path.with_suffix(".onnx"), path.with_suffix(".pt2")
-    observations = torch.zeros(2, *run.env.observation_space.shape)
-    program = torch.export.export(run.policy, (observations,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, pt2)
+class Policy(nn.Module):
+    """The deterministic policy: observations [B, O] -> actions [B, A] in the environment's own units and bounds."""
+
+    def __init__(self, player: Player):
+        super().__init__()
+        self.agent = player.agent
+        self.actor = player.agent.actor.float()  # for torch.export a part of this module; PPO's is in float64
+        box = player.env.action_box
+        self.low = torch.from_numpy(box.low.ravel()).float()
+        self.high = torch.from_numpy(box.high.ravel()).float()
+
+    def forward(self, observations: Tensor) -> Tensor:
+        actions = self.agent.act(observations.unsqueeze(0), explore=False).squeeze(0)  # in [-1, 1]
+        scaled = self.low + (actions + 1) / 2 * (self.high - self.low)
+        return scaled.clamp(self.low, self.high)
+
+
+def observation_parts(space: gym.Space, path: str = "") -> list[dict]:
+    """What the flat observation is made of, in its order, which is gymnasium's flatten's: a Dict's keys are sorted.
+
+    path is the keys (of a Dict) and indices (of a Tuple) down to the part, with slashes between them. A Discrete part
+    has a number for each of its values: 1 for the one it is, 0 for the others.
+    """
+    if isinstance(space, gym.spaces.Dict):
+        parts = space.spaces.items()
+    elif isinstance(space, gym.spaces.Tuple):
+        parts = enumerate(space.spaces)
+    else:
+        return [{"path": path.removeprefix("/"), "size": gym.spaces.flatdim(space), "space": str(space)}]
+    return [leaf for key, part in parts for leaf in observation_parts(part, f"{path}/{key}")]
+
+
+def metadata(player: Player) -> dict[str, str]:
+    """What the policy is, as text: numbers, lists and env_kwargs in JSON.
+
+    env_id, env_kwargs; observation_size O, observation_parts (path, size and space of each, in order); action_size A,
+    action_shape (the environment's own: reshape the A numbers to it), action_low and action_high [A]; time_step in
+    seconds; script, seed, step; return and smoothness, means over this seed's episodes at that evaluation.
+    """
+    box = player.env.action_box
+    table = pd.read_csv(player.run.folder / "eval.csv")
+    rows = table[(table["seed"] == player.seed) & (table["step"] == player.step)]
+    about = {
+        "env_id": player.args.env_id,
+        "env_kwargs": player.args.env_kwargs,
+        "observation_size": player.env.observation_space.shape[0],
+        "observation_parts": observation_parts(player.env.env.observation_space),
+        "action_size": player.env.action_space.shape[0],
+        "action_shape": box.shape,
+        "action_low": box.low.ravel().tolist(),
+        "action_high": box.high.ravel().tolist(),
+        "time_step": time_step(player.env),
+        "script": player.run.args["script"],
+        "seed": player.seed,
+        "step": player.step,
+        "return": rows["return"].mean(),
+        "smoothness": rows["smoothness"].mean(),
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+
+
+def export(policy: Policy, path: Path, O: int, about: dict[str, str]) -> tuple[Path, Path]:
+    """Writes path.onnx and path.pt2 and returns their paths."""
+    onnx = path.with_suffix(".onnx")
+    pt2 = path.with_suffix(".pt2")
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(policy, (torch.zeros(2, O),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, pt2, extra_files=about)
     names = {"input_names": ["observations"], "output_names": ["actions"]}
-    torch.onnx.export(program, (), onnx, external_data=False, verbose=False, **names)
+    model = torch.onnx.export(program, (), verbose=False, **names)
+    model.model.metadata_props.update(about)
+    model.save(onnx)
     return onnx, pt2
 
 
 def main(args: Args) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # warns of each torchvision operator if that is not installed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # warns of each operator of a missing torchvision
     torch.set_num_threads(1)
-    run = load_run(args.run, args.seed, args.step)
-    onnx, pt2 = export(run)
+    player = load_player(args.run, args.seed, args.step)
+    policy = Policy(player)
+    about = metadata(player)
+    O = player.env.observation_space.shape[0]
+    onnx, pt2 = export(policy, args.run / f"policy_seed{player.seed}_step{player.step:09d}", O, about)
+    for name, text in about.items():
+        print(f"  {name:18} {text}")
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session, module = onnxruntime.InferenceSession(onnx, options), torch.export.load(pt2).module()
+    session = onnxruntime.InferenceSession(onnx, options)
+    module = torch.export.load(pt2).module()
     calls = {
         onnx: lambda observations: session.run(None, {"observations": observations})[0],
         pt2: lambda observations: module(torch.from_numpy(observations)).numpy(),
     }
-    observations = np.random.default_rng(0).standard_normal((1000, *run.env.observation_space.shape), np.float32)
-    actions = run.policy(torch.from_numpy(observations)).numpy()
+    observations = np.random.default_rng(0).standard_normal((1000, O), np.float32)
+    actions = policy(torch.from_numpy(observations)).numpy()
     for path, call in calls.items():
-        difference, seconds = np.abs(call(observations) - actions).max(), []
+        difference = np.abs(call(observations) - actions).max()
+        seconds = []
         for observation in observations:
             start = time.perf_counter()
             call(observation[None])
             seconds.append(time.perf_counter() - start)
-        print(f"{path}: {1e6 * np.median(seconds):.0f} us a call; differs from the actor by {difference:.1g} at most")
+        print(f"{path}: {1e6 * np.median(seconds):.0f} us a call; differs from the agent by {difference:.1g} at most")
 
 
 if __name__ == "__main__":

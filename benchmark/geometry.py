@@ -1,82 +1,96 @@
-"""The shape of trained critics, from saved policies: exact Hessians along rollouts, and how far smoothing moves the target.
+"""The shape of trained critics, from saved policies: exact Hessians along rollouts, the shift of AMS's target.
 
     python benchmark/geometry.py runs/Pendulum-v1__td3_pave__*
 
-writes geometry.csv and target_shift.csv into each run's folder, and report/surface_*.png, which report.py shows.
-geometry.csv, PAVE's quantities (section "Empirical Validation of the Theory"), of the first critic at (s, a(s)) along the
-episodes of the deterministic policy: M_sup, the largest spectral norm of the mixed Hessian; the share of states with a negative
-definite action Hessian; the mean cosine of consecutive action gradients, and the share of negative ones.
-target_shift.csv, for TD3, SAC and AMS: how far AMS's neighbourhood and TD3's target noise move min_j Q_j(s, mu(s)), over 512
-next states of the replay, with the online networks. taylor is what AMS's theorem 3.3 makes of the neighbourhood's shift: for a
-ReLU critic without LayerNorm 0, whose curvature is all in its kinks.
-Actions are in normalised units. A row for each saved policy and seed; what a file has already is not computed again.
+writes geometry.csv and target_shift.csv into each run's folder, a row for each saved policy and seed; what a file has
+already is not computed again. Of a base and a PAVE run it draws report/surface_*.png, which report.py shows.
+
+geometry.csv, PAVE's quantities (section "Empirical Validation of the Theory"), of the first critic at (s, a(s)) along
+the episodes of the deterministic policy: M_sup, the largest spectral norm of the mixed Hessian; the share of states
+with a negative definite action Hessian; the mean cosine of consecutive action gradients, the share of negative ones.
+
+target_shift.csv, for TD3, SAC and AMS: how much less than min_j Q_j(s, mu(s)) its average over AMS's neighbourhood or
+TD3's target noise is, at 512 next states of the replay, by the online networks. The algorithms clip the neighbours to
+the box [-1, 1]: unclipped is the same without. taylor is what AMS's theorem 3.3 makes of it: for a ReLU critic without
+LayerNorm 0, whose curvature is all in its kinks. saturated_actions is the share of mu's components beyond 0.98.
+
+Actions are in normalised units.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import gymnasium as gym
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from suites import PAVE_METHODS, Run, is_of, load_script, pave_cell, read_runs
+from suites import is_of, pave_cells
 from torch import Tensor
+
+from runs import Run, file_name, load_agent, load_policy, load_script, policies, runs_in
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+# columns of the two files, but for step, seed and states
+GEOMETRY = ("M_sup", "negative_definite_rate", "mean_cosine", "flip_rate")
+RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
+SHIFT = (
+    *(f"shift_radius_{radius}" for radius in RADII),
+    *(f"unclipped_shift_radius_{radius}" for radius in RADII),
+    *("taylor_radius_0.2", "sampling_sd_radius_0.2", "value_sd_over_states", "saturated_actions"),
+    *("shift_td3_noise", "unclipped_shift_td3_noise", "sampling_sd_td3_noise"),
+)
+STATES = 512
+DRAWS = 4  # of all neighbours
+K = 8  # AMS's number of neighbours
+NOISE = 0.2  # TD3's, and its bound
+NOISE_CLIP = 0.5
 
-def runs_in(paths: Iterable[Path]) -> list[Run]:
-    """The evaluated runs at paths: a run's folder, or a folder of them."""
-    found = [run for path in paths for run in read_runs(path.parent if (path / "args.json").exists() else path)]
-    return [run for run in found if {run.folder, run.folder.parent} & set(paths) and (run.folder / "eval.csv").exists()]
 
-
+@dataclass
 class Networks:
-    """Actor and critic of a run, S seeds side by side, and its environment; load gives them the weights of a saved policy."""
+    """What load_agent returns for a run."""
 
-    def __init__(self, run: Run):
-        self.script = load_script(run.args["script"])
-        self.args = self.script.Args(**{name: value for name, value in run.args.items() if name != "script"})
-        self.env = self.script.make_env(self.args.env_id)
-        sizes = (self.args.num_seeds, *self.env.observation_space.shape, *self.env.action_space.shape)
-        self.actor = self.script.Actor(*sizes).requires_grad_(False)
-        layer_norm = [self.args.layer_norm] if hasattr(self.args, "layer_norm") else []
-        self.critic = self.script.Critic(*sizes, *layer_norm).requires_grad_(False)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-
-    def act(self, observations: Tensor) -> Tensor:
-        """The deterministic action: [S, B, O] -> [S, B, A]."""
-        output = self.actor(observations)
-        return output if isinstance(output, Tensor) else output[0].tanh()  # SAC: mean, log standard deviation
+    script: ModuleType
+    args: Any
+    env: gym.Env
+    agent: Any
 
     def seed_act(self, index: int, observations: Tensor) -> Tensor:
-        """The action of one seed: [B, O] -> [B, A]."""
-        return self.act(observations.expand(self.args.num_seeds, -1, -1))[index]
+        """The deterministic actions of one seed: [B, O] -> [B, A]."""
+        everyone = observations.expand(self.args.num_seeds, -1, -1)
+        return self.agent.act(everyone, explore=False)[index]
 
     def value(self, index: int, twins: slice) -> Callable:
         """The least of some of one seed's critics, as a function of observations [B, O] and actions [B, A] -> [B]."""
-        weights = {name: weight[index : index + 1, twins] for name, weight in self.critic.state_dict().items()}
-        return lambda o, a: torch.func.functional_call(self.critic, weights, (o[None], a[None]))[0].amin(0)
+        critic = self.agent.critic
+        weights = {name: weight[index : index + 1, twins] for name, weight in critic.state_dict().items()}
+
+        def value(observations: Tensor, actions: Tensor) -> Tensor:
+            batch = (observations.unsqueeze(0), actions.unsqueeze(0))
+            return torch.func.functional_call(critic, weights, batch).squeeze(0).amin(0)
+
+        return value
+
+
+# ---------------------------------------------------------------------------------------------------- PAVE's quantities
 
 
 def derivatives(value: Callable, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """value([B, O], [B, A]) -> [B], at observations [B, O] and actions [B, A]: the exact action gradient [B, A], mixed Hessian
-    [B, A, O] and action Hessian [B, A, A].
+    """The action gradient [B, A], mixed Hessian [B, A, O] and action Hessian [B, A, A] of value([B, O], [B, A]) -> [B].
 
-    A row of the batch does not act on another, so one pullback of the batched gradient is row i of everyone's Hessians; vmap
-    runs the A of them together.
+    A row of the batch does not act on another, so one pullback of the batched gradient is row i of everyone's Hessians;
+    vmap runs the A of them together.
     """
 
     def action_gradient(observations: Tensor, actions: Tensor) -> Tensor:
-        return torch.func.grad(lambda a: value(observations, a).sum())(actions)
+        return torch.func.grad(lambda actions: value(observations, actions).sum())(actions)
 
     parts = []
     for o, a in zip(observations.split(1000), actions.split(1000)):  # more fall out of a CPU's cache
@@ -84,15 +98,19 @@ def derivatives(value: Callable, observations: Tensor, actions: Tensor) -> tuple
         rows = torch.eye(a.shape[1], dtype=a.dtype).unsqueeze(1).expand(-1, *a.shape)
         mixed, curvature = torch.func.vmap(pullback)(rows)  # [A, B, O], [A, B, A]
         parts.append((gradients, mixed.movedim(0, 1), curvature.movedim(0, 1)))
-    return tuple(map(torch.cat, zip(*parts)))
+    gradients, mixed, curvature = zip(*parts)
+    return torch.cat(gradients), torch.cat(mixed), torch.cat(curvature)
 
 
 def geometry(value: Callable, episodes: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """PAVE's quantities of one critic over episodes of (observations [T, O], actions [T, A])."""
-    observations, actions = map(torch.cat, zip(*episodes))
+    observations = torch.cat([observations for observations, _ in episodes])
+    actions = torch.cat([actions for _, actions in episodes])
     gradients, mixed, curvature = derivatives(value, observations, actions)
-    parts = gradients.split([len(actions) for _, actions in episodes])  # consecutive only within an episode
-    cosines = torch.cat([torch.cosine_similarity(part[:-1], part[1:], -1, eps=1e-30) for part in parts])
+    cosines = []
+    for part in gradients.split([len(actions) for _, actions in episodes]):  # consecutive only within an episode
+        cosines.append(torch.cosine_similarity(part[:-1], part[1:], -1, eps=1e-30))
+    cosines = torch.cat(cosines)
     return {
         "states": len(observations),
         "M_sup": torch.linalg.matrix_norm(mixed, 2).max().item(),
@@ -102,147 +120,152 @@ def geometry(value: Callable, episodes: list[tuple[Tensor, Tensor]]) -> dict[str
     }
 
 
-def geometry_rows(networks: Networks, envs: Any, step: int) -> list[dict[str, float]]:
+def geometry_rows(networks: Networks, envs: gym.vector.VectorEnv, step: int) -> list[dict[str, float]]:
     """Plays the evaluation of this step again, in envs: a row of geometry.csv for each seed."""
-    args, visited = networks.args, []
+    args = networks.args
+    visited = []
+    taken = []
 
     def policy(observations: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(observations.copy())
-        actions = networks.act(batch.unflatten(0, (args.num_seeds, -1))).flatten(0, 1)
-        visited.append((batch, actions))
+        actions = networks.agent.act(batch.unflatten(0, (args.num_seeds, -1)), explore=False).flatten(0, 1)
+        visited.append(batch)
+        taken.append(actions)
         return actions.numpy()
 
-    played = networks.script.evaluate(policy, envs, args, step, networks.env.unwrapped.action_space)
-    observations, actions = (torch.stack(part, 1) for part in zip(*visited))  # [S * E, T, .]
-    lengths = [row[5] for row in played]
-    episodes = [(o[:length], a[:length]) for o, a, length in zip(observations, actions, lengths)]
-    E, rows = args.eval_episodes, []
-    for index in range(args.num_seeds):
-        found = geometry(networks.value(index, slice(1)), episodes[index * E : (index + 1) * E])
-        rows.append({"step": step, "seed": args.seed + index, **found})
+    played = networks.script.evaluate(policy, envs, args, step, networks.env.action_box)
+    observations = torch.stack(visited, 1)  # [S * E, T, O]
+    actions = torch.stack(taken, 1)
+    rows = []
+    for index, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
+        episodes = []
+        for episode, row in enumerate(played):
+            if row["seed"] == seed:
+                T = row["length"]
+                episodes.append((observations[episode, :T], actions[episode, :T]))
+        rows.append({"step": step, "seed": seed, **geometry(networks.value(index, slice(1)), episodes)})
     return rows
 
 
-STATES, DRAWS, K, NOISE, CLIP = 512, 8, 8, 0.2, 0.5  # AMS's neighbours; TD3's target noise and its clip
-RADII = (0.2, 0.8)
+# ---------------------------------------------------------------------------------------------- the shift of the target
 
 
 def target_shift(value: Callable, observations: Tensor, anchor: Tensor) -> dict[str, float]:
-    """How much less than min_j Q_j(s, mu) its average around mu is: value(s, a) is that minimum, observations [B, O], anchor mu
-    [B, A].
+    """SHIFT's columns for value(s, a) = min_j Q_j, at observations [B, O] around the actions anchor [B, A].
 
-    shift: the mean over states and draws (a direction and its opposite: that rids it of most of the draw's noise).
+    shift: the mean over states and draws, each a direction and its opposite, which rids it of most of the draw's noise.
     sampling_sd: of one draw, for the neighbourhood the mean over K directions; the root mean square over states.
     """
     B, A = anchor.shape
+    M = max(A, K)
     sample_directions = load_script("td3_ams").sample_directions
 
-    def values(offsets: Tensor) -> Tensor:
-        """offsets [B, M, A] -> min_j Q_j [B, M]."""
-        actions = (anchor.unsqueeze(1) + offsets).clamp(-1, 1)
-        return value(observations.repeat_interleave(offsets.shape[1], 0), actions.flatten(0, 1)).unflatten(0, (B, -1))
+    def values(offsets: Tensor, clip: bool) -> Tensor:
+        """offsets [B, M, A] -> [B, M]."""
+        actions = anchor.unsqueeze(1) + offsets
+        if clip:
+            actions = actions.clamp(-1, 1)
+        repeated = observations.repeat_interleave(offsets.shape[1], 0)
+        return value(repeated, actions.flatten(0, 1)).unflatten(0, (B, -1))
 
-    def moved(draw: Callable, averaged: int) -> tuple[float, float]:
-        forth, back, draws = 0.0, 0.0, []
-        for _ in range(DRAWS):
-            offsets = draw()
-            there = values(offsets)
-            draws.append(there[:, :averaged].mean(1))
-            forth, back = forth + there.mean().item() / DRAWS, back + values(-offsets).mean().item() / DRAWS
-        return center.mean().item() - (forth + back) / 2, torch.stack(draws).var(0).mean().sqrt().item()
+    center = value(observations, anchor).unsqueeze(1)  # [B, 1]
+    laplacian = derivatives(value, observations, anchor)[2].diagonal(dim1=1, dim2=2).sum(1).mean().item()
+    found = {
+        "value_sd_over_states": center.std().item(),
+        "saturated_actions": (anchor.abs() > 0.98).float().mean().item(),
+        "taylor_radius_0.2": -(0.2**2) / (2 * A) * laplacian,
+    }
 
-    center = values(torch.zeros(B, 1, A)).squeeze(1)
-    laplacian = derivatives(value, observations, anchor)[2].diagonal(dim1=1, dim2=2).sum(1)
-    found = {"value_sd_over_states": center.std().item()}
+    def measure(name: str, draws: Tensor, averaged: int) -> None:
+        """draws [DRAWS, B, M, A]."""
+        for prefix, clip in (("", True), ("unclipped_", False)):
+            there = torch.stack([values(offsets, clip) for offsets in draws])
+            back = torch.stack([values(-offsets, clip) for offsets in draws])
+            found[f"{prefix}shift_{name}"] = (center - (there + back) / 2).mean().item()
+            found[f"{prefix}sampling_sd_{name}"] = there[..., :averaged].mean(-1).var(0).mean().sqrt().item()
+
+    directions = torch.stack([sample_directions((B,), A, M, anchor.device) for _ in range(DRAWS)])
     for radius in RADII:
-        shift, sd = moved(lambda: radius * sample_directions((B,), A, max(A, K), torch.device("cpu")), K)
-        found |= {f"shift_radius_{radius}": shift, f"taylor_radius_{radius}": -(radius**2) / (2 * A) * laplacian.mean().item()}
-        found |= {f"sampling_sd_radius_{radius}": sd}
-    shift, sd = moved(lambda: (NOISE * torch.randn(B, max(A, K), A)).clamp(-CLIP, CLIP), 1)
-    return found | {"shift_td3_noise": shift, "sampling_sd_td3_noise": sd}
+        measure(f"radius_{radius}", radius * directions, averaged=K)
+    noise = (NOISE * torch.randn(DRAWS, B, M, A)).clamp(-NOISE_CLIP, NOISE_CLIP)
+    measure("td3_noise", noise, averaged=1)
+    return {name: found[name] for name in SHIFT}
 
 
 def target_shift_rows(networks: Networks, replay: Tensor, step: int) -> list[dict[str, float]]:
     """A row of target_shift.csv for each seed; replay [S, transitions, width]."""
     torch.manual_seed(0)  # the same states for every policy
-    O, A = networks.env.observation_space.shape[0], networks.env.action_space.shape[0]
-    next_observations = replay[:, torch.randint(replay.shape[1], (STATES,)), O + A : O + A + O]
-    rows = []
+    O = networks.env.observation_space.shape[0]
+    A = networks.env.action_space.shape[0]
+    columns = networks.script.Batch(observations=O, actions=A, next_observations=O, rewards=1, terminations=1)
+    rows = replay[:, torch.randint(replay.shape[1], (STATES,))]
+    next_observations = networks.script.Batch(*rows.split(columns, -1)).next_observations
+    found = []
     for index, observations in enumerate(next_observations):
-        found = target_shift(networks.value(index, slice(2)), observations, networks.seed_act(index, observations))
-        rows.append({"step": step, "seed": networks.args.seed + index, **found})
-    return rows
+        anchor = networks.seed_act(index, observations)
+        shift = target_shift(networks.value(index, slice(2)), observations, anchor)
+        found.append({"step": step, "seed": networks.args.seed + index, **shift})
+    return found
 
 
-def policies(run: Run) -> dict[int, Path]:
-    return {int(path.stem.removeprefix("step_")): path for path in sorted(run.folder.glob("policies/step_*.pt"))}
+# ------------------------------------------------------------------------------------------------------------- surfaces
+
+SIDE = 50  # points of the paper's sweep, and how far it goes
+STATE_REACH = 1.0
+ACTION_REACH = 1.5
 
 
-def extend(path: Path, networks: Networks, saved: dict[int, Path], measure: Callable) -> None:
-    """Adds to a CSV the rows of those policies that it lacks."""
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"step": []})
-    for step, policy in saved.items():
-        if step not in set(table["step"]):
-            networks.load(policy)
-            new = pd.DataFrame(measure(step))
-            table = pd.concat([table, new]) if len(table) else new
-            table.to_csv(path, index=False)
-            print(f"{path}, step {step}:", *(f"{name} {value:.3g}" for name, value in new.mean().iloc[2:].items()), flush=True)
+def reached_state(networks: Networks) -> Tensor:
+    """The state [1, O] that the first seed's policy reaches after 20 steps."""
+    observation, _ = networks.env.reset(seed=networks.args.seed)
+    for _ in range(20):
+        action = networks.seed_act(0, torch.from_numpy(observation).unsqueeze(0))
+        observation, _, terminated, truncated, _ = networks.env.step(action.squeeze(0).numpy())
+        if terminated or truncated:
+            break
+    return torch.from_numpy(observation).unsqueeze(0)
 
 
-SIDE, STATE_REACH, ACTION_REACH = 50, 1.0, 1.5  # of the paper's sweep
-
-
-def surfaces(runs: dict[str, Run]) -> tuple[int, int, list[np.ndarray]]:
-    """M over a sweep of one state and one action dimension for the first seed's last policy of each run; also the dimensions.
-
-    The state is the one that the first run (Base) reaches after 20 steps, the dimensions are those of the largest mixed partial
-    of its critic there; each is swept around its own action.
-    """
-    state, found = None, []
-    for run in runs.values():
-        networks = Networks(run)
-        networks.load(list(policies(run).values())[-1])
-        if state is None:
-            observation, _ = networks.env.reset(seed=networks.args.seed)
-            for _ in range(20):
-                action = networks.seed_act(0, torch.from_numpy(observation)[None])[0].numpy()
-                observation, _, terminated, truncated, _ = networks.env.step(action)
-                if terminated or truncated:
-                    break
-            state = torch.from_numpy(observation)[None]
-            mixed = derivatives(networks.value(0, slice(1)), state, networks.seed_act(0, state))[1][0]
-            action_dim, state_dim = divmod(mixed.abs().argmax().item(), mixed.shape[1])
-        observations, actions = state.repeat(SIDE**2, 1), networks.seed_act(0, state).repeat(SIDE**2, 1)
-        observations[:, state_dim] += torch.linspace(-STATE_REACH, STATE_REACH, SIDE).repeat_interleave(SIDE)
-        actions[:, action_dim] += torch.linspace(-ACTION_REACH, ACTION_REACH, SIDE).repeat(SIDE)
-        mixed = derivatives(networks.value(0, slice(1)), observations, actions)[1]
-        found.append(torch.linalg.matrix_norm(mixed, 2).view(SIDE, SIDE).numpy())
-    return state_dim, action_dim, found
+def surface(networks: Networks, state: Tensor, state_dim: int, action_dim: int) -> np.ndarray:
+    """The norm of the first seed's mixed Hessian, [SIDE, SIDE]: state down, action (around the policy's own) across."""
+    observations = state.repeat(SIDE**2, 1)
+    actions = networks.seed_act(0, state).repeat(SIDE**2, 1)
+    observations[:, state_dim] += torch.linspace(-STATE_REACH, STATE_REACH, SIDE).repeat_interleave(SIDE)
+    actions[:, action_dim] += torch.linspace(-ACTION_REACH, ACTION_REACH, SIDE).repeat(SIDE)
+    _, mixed, _ = derivatives(networks.value(0, slice(1)), observations, actions)
+    return torch.linalg.matrix_norm(mixed, 2).view(SIDE, SIDE).numpy()
 
 
 def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path) -> None:
-    state_dim, action_dim, found = surfaces(runs)
-    top = float(np.percentile(found[0], 99))
-    x, y = (np.linspace(-reach, reach, SIDE) for reach in (STATE_REACH, ACTION_REACH))
-    size = (max(3.3 * len(runs), 4.2), 3.6)
-    figure, axes = plt.subplots(1, len(runs), figsize=size, subplot_kw={"projection": "3d"}, squeeze=False)
-    for axis, name, surface in zip(axes[0], runs, found):
-        plane = np.meshgrid(x, y, indexing="ij")
-        axis.plot_surface(
-            *plane, surface.clip(max=top), cmap="viridis", vmin=0, vmax=top, rcount=SIDE, ccount=SIDE, antialiased=False
-        )
-        axis.set_title("Base" if name == "base" else name.upper(), y=0.98)
-        axis.set(xlabel=f"state[{state_dim}]", ylabel=f"action[{action_dim}]", zlim=(0, top))
-        axis.set(xticks=(-STATE_REACH, 0, STATE_REACH), yticks=(-ACTION_REACH, 0, ACTION_REACH))
-        axis.tick_params(labelsize=7, pad=-2)
-    figure.suptitle(f"{env_id}, {backbone.upper()}: norm of the mixed Hessian", fontsize=11)
-    figure.subplots_adjust(left=0.02, right=0.94, top=0.9, bottom=0.06, wspace=0.12)
+    """runs: Base and PAVE. The dimensions are those of the largest mixed partial of Base's critic at its state."""
+    found = {}
+    for name, run in runs.items():
+        networks = Networks(*load_agent(run))
+        load_policy(networks.agent, list(policies(run).values())[-1])
+        if not found:
+            state = reached_state(networks)
+            _, mixed, _ = derivatives(networks.value(0, slice(1)), state, networks.seed_act(0, state))
+            action_dim, state_dim = divmod(mixed.abs().argmax().item(), mixed.shape[2])
+        found[name] = surface(networks, state, state_dim, action_dim)
+        networks.env.close()
+    top = float(np.percentile(found["Base"], 99))
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout="constrained")
+    for axis, (name, norms) in zip(axes, found.items()):
+        extent = (-ACTION_REACH, ACTION_REACH, -STATE_REACH, STATE_REACH)
+        image = axis.imshow(norms, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=top, cmap="viridis")
+        axis.set_title(f"{name}, largest {norms.max():.0f}")
+        axis.set_xlabel(f"action {action_dim + 1}, from the policy's own")
+    axes[0].set_ylabel(f"observation {state_dim + 1}, from the state's own")
+    figure.colorbar(image, ax=axes, label="norm of the mixed Hessian", extend="max")
+    figure.suptitle(f"{env_id}, {backbone.upper()}, seed {runs['Base'].args['seed']}", fontsize=10)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"surface_{env_id}_{backbone}.png"
+    path = folder / f"surface_{file_name(env_id)}_{backbone}.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
 
 
 @dataclass
@@ -251,25 +274,60 @@ class Options:
     output: Path = Path("report")  # where the surface figures go
 
     def __post_init__(self):
-        if not any(policies(run) for run in runs_in(self.runs) if run.args["script"] != "ppo"):
-            raise ValueError(f"no saved critic in {', '.join(map(str, self.runs))}")  # PPO's knows no actions
+        if not runs_with_critics(self):
+            raise ValueError(f"no saved critic in {', '.join(map(str, self.runs))}")
+
+
+def runs_with_critics(options: Options) -> list[Run]:
+    """PPO's critic knows no actions."""
+    return [run for run in runs_in(options.runs) if run.args["script"] != "ppo" and policies(run)]
+
+
+def extend(path: Path, run: Run, networks: Networks, columns: tuple[str, ...], measure: Callable) -> None:
+    """Adds to a CSV the rows of those policies that it lacks; one with other columns is made anew."""
+    table = pd.DataFrame({"step": []})
+    if path.exists():
+        old = pd.read_csv(path)
+        if {"step", "seed", *columns} <= set(old):
+            table = old
+    for step, policy in policies(run).items():
+        if step in set(table.step):
+            continue
+        load_policy(networks.agent, policy)
+        rows = pd.DataFrame(measure(step))
+        table = pd.concat([table, rows]) if len(table) else rows
+        table.to_csv(path, index=False)
+        means = rows[list(columns)].mean()
+        print(f"{path}, step {step}: {columns[0]} {means.iloc[0]:.3g}", flush=True)
 
 
 def main(options: Options) -> None:
-    runs = [run for run in runs_in(options.runs) if run.args["script"] != "ppo" and policies(run)]
+    runs = runs_with_critics(options)
     for run in runs:
-        networks, saved = Networks(run), policies(run)
-        envs = networks.script.make_envs(networks.args.env_id, networks.args.num_seeds * networks.args.eval_episodes)
-        extend(run.folder / "geometry.csv", networks, saved, lambda step: geometry_rows(networks, envs, step))
+        networks = Networks(*load_agent(run))
+        args = networks.args
+        count = args.num_seeds * args.eval_episodes
+        envs = networks.script.make_envs(args, networks.script.start_seeds(args, 0, 1, count))
+        extend(run.folder / "geometry.csv", run, networks, GEOMETRY, lambda step: geometry_rows(networks, envs, step))
         envs.close()
-        if (run.folder / "replay.pt").exists() and run.args["script"] in ("td3", "sac", "td3_ams", "sac_ams"):
+        if run.args["script"] in ("td3", "sac", "td3_ams", "sac_ams") and (run.folder / "replay.pt").exists():
             replay = torch.load(run.folder / "replay.pt", weights_only=True, mmap=True)["rows"].flatten(1, 2)
-            extend(run.folder / "target_shift.csv", networks, saved, lambda step: target_shift_rows(networks, replay, step))
+            extend(
+                run.folder / "target_shift.csv",
+                run,
+                networks,
+                SHIFT,
+                lambda step: target_shift_rows(networks, replay, step),
+            )
+        networks.env.close()
     for env_id in dict.fromkeys(run.args["env_id"] for run in runs):
         for backbone in ("td3", "sac"):
-            cells = {method: pave_cell(backbone, method, env_id) for method in PAVE_METHODS}  # Base first
-            shown = {method: run for method, cell in cells.items() for run in runs if is_of(run, cell)}
-            if shown:
+            shown = {}
+            for cell in pave_cells(backbone, (env_id,), ("base", "pave")):
+                for run in runs:
+                    if is_of(run, cell):
+                        shown["Base" if cell.method == "base" else "PAVE"] = run
+            if len(shown) == 2:
                 draw_surfaces(env_id, backbone, shown, options.output)
 
 

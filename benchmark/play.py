@@ -1,31 +1,45 @@
-"""Watches a saved policy, or two side by side: score, film, figure.
+"""Plays a saved policy, or two beside each other: their scores, a film, a plot, and how well they bear noise and delay.
 
     python benchmark/play.py runs/NAME --seed 3 --step 50000 --episodes 10
     python benchmark/play.py runs/BASE runs/PAVE --film --plot
+    python benchmark/play.py runs/BASE runs/PAVE --noise 0.05 --delay 1
 
-Prints return, length, smoothness and action fluctuation, mean and standard deviation over episodes: first those of eval.csv, a
-second run from the same start states. --film and --plot show the first one: play_*.mp4 and play_*.png in the run's folder.
+Prints return, length, smoothness and action fluctuation: mean and standard deviation over episodes. The episodes are
+those of eval.csv; a second run starts from the same states. --film and --plot show the first one, in play_*.mp4 and
+play_*.png in the first run's folder.
+
+--noise adds Gaussian noise to each observation. Its unit, dimension by dimension, is the standard deviation of the
+observations in the undisturbed episodes of all runs shown, so that two policies bear the same noise. --delay K applies
+the action of K steps ago; in the first K steps that is the first action.
 """
 
-import importlib
-import json
 import os
+import random
+import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+import textwrap
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import gymnasium as gym
 import imageio.v2 as imageio
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from tqdm import tqdm
 
-sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "baselines")]  # the scripts
+from runs import Run, load_policy, new_agent, policies, read_run, script_and_args
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -35,13 +49,20 @@ class Args:
     seed: int | None = None  # of the run's seeds; its first
     step: int | None = None  # of the run's saved policies; the last
     episodes: int = 10
+    noise: float = 0.0  # on the observations, in their standard deviations
+    delay: int = 0  # of the actions, in steps
     film: bool = False  # an mp4, in real time; the second run is on the right
+    seconds: float = float("inf")  # the film's length at most
     plot: bool = False  # a png: actions, their spectrum, the score
     track: bool = False  # upload the film to the run's own Weights & Biases page
 
     def __post_init__(self):
         if self.episodes < 1:
             raise ValueError(f"--episodes {self.episodes}: at least 1")
+        if not (0 <= self.noise < float("inf") and self.delay >= 0):
+            raise ValueError(f"--noise {self.noise} --delay {self.delay}: at least 0")
+        if not self.seconds > 0:
+            raise ValueError(f"--seconds {self.seconds}: more than 0")
 
 
 def fail(message: str) -> NoReturn:
@@ -50,149 +71,303 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class Policy(nn.Module):
-    """One seed's deterministic policy: observations [B, O] -> actions [B, A] in the environment's own units."""
-
-    def __init__(self, actor: nn.Module, box: gym.spaces.Box):
-        super().__init__()
-        self.actor = actor.float().requires_grad_(False)  # PPO keeps its statistics in float64
-        self.low, self.high = torch.from_numpy(box.low).float(), torch.from_numpy(box.high).float()
-
-    def forward(self, observations: Tensor) -> Tensor:
-        output = self.actor(observations.unsqueeze(0))  # SAC's: mean, log_std
-        actions = output.clamp(-1, 1) if isinstance(output, Tensor) else output[0].tanh()
-        return self.low + (actions.squeeze(0) + 1) / 2 * (self.high - self.low)
+# -------------------------------------------------------------------------------------------------- a run's environment
 
 
-class Run(NamedTuple):
-    folder: Path
-    args: dict  # of args.json
+def is_dm_control(env: gym.Env) -> bool:
+    return (
+        type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
+    )  # shimmy's; HumanoidBench lives without dm_control
+
+
+def time_step(env: gym.Env) -> float:
+    """Seconds from one action to the next. A guess is said."""
+    frames_a_second = env.metadata.get("render_fps")
+    seconds = getattr(env.unwrapped, "dt", None)  # in some environments that of the physics: a part of a step
+    if isinstance(frames_a_second, Real) and frames_a_second > 0 and not is_dm_control(env):  # shimmy's is wrong
+        return 1 / float(frames_a_second)
+    if isinstance(seconds, Real) and seconds > 0:  # in shimmy dm_control's control_timestep()
+        return float(seconds)
+    print("the environment has neither metadata['render_fps'] nor dt: its time step is taken to be 0.05 s")
+    return 0.05
+
+
+def render(env: gym.Env) -> np.ndarray:
+    if type(env.unwrapped).__module__.startswith("humanoid_bench"):  # its render() is for an older gymnasium
+        return env.unwrapped.mujoco_renderer.render("rgb_array")
+    return env.render()
+
+
+def make_film_env(script: ModuleType, args: Any) -> gym.Env:
+    """The environment, which renders; a user's mistake where it does not."""
+    import torch._dynamo  # noqa: F401  (an optimiser imports it, with Triton, which crashes once Mesa's EGL is loaded)
+
+    gym.logger.min_level = gym.logger.ERROR  # it warns of what ends in a line here
+    sys.unraisablehook = lambda _: None  # a renderer's __del__ fails, when half made and at exit
+    try:
+        env = script.make_env(args.env_id, args.env_kwargs, render_mode="rgb_array")
+        if is_dm_control(env):
+            env.unwrapped.render_kwargs = {"height": 480, "width": 640}  # its own picture is a quarter of that
+        env.reset(seed=args.seed)
+        picture = render(env)
+    except Exception as error:  # EGL, OSMesa, MuJoCo and pygame each have their own
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, TypeError) and "'render_mode'" in message:
+            fail(f"--film: {args.env_id} takes no render_mode, so it cannot be filmed")
+        places = [f"{Path(frame.filename).name} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+        if re.search("render|opengl|egl|osmesa|glfw", " ".join([message, *places]), re.IGNORECASE):
+            message += "; MuJoCo renders with MUJOCO_GL=egl and libegl1, or MUJOCO_GL=osmesa and libosmesa6"
+        fail(f"--film: {args.env_id}: {message}")
+    if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+        fail(f"--film: {args.env_id} renders no picture, so it cannot be filmed")
+    return env
+
+
+class Player(NamedTuple):
+    """One seed's policy at one step."""
+
+    run: Run
+    script: ModuleType
+    args: Any  # the script's Args, of this seed alone
     env: gym.Env  # as the script makes it: actions in [-1, 1]
-    dt: float  # seconds a step
-    policy: Policy
+    agent: Any
     seed: int
     step: int
-    smoothness: Callable[[np.ndarray], float]  # the script's
 
 
-def load_run(folder: Path, seed: int | None = None, step: int | None = None, film: bool = False) -> Run:
-    """One seed's policy at one step, by the script that trained it. None: the first seed, the last step."""
+def load_player(folder: Path, seed: int | None = None, step: int | None = None, film: bool = False) -> Player:
+    """None: the run's first seed, its last step."""
     try:
-        args = json.loads((folder / "args.json").read_text())
-        script = importlib.import_module(args["script"])
-    except (OSError, ValueError, ImportError) as error:
-        fail(f"{folder}: not a run of these scripts ({error})")
-    seeds = range(args["seed"], args["seed"] + args["num_seeds"])
-    seed = seeds[0] if seed is None else seed
-    files = {int(path.stem.removeprefix("step_")): path for path in sorted(folder.glob("policies/step_*.pt"))}
-    step = max(files, default=None) if step is None else step
-    if seed not in seeds or step not in files:
-        fail(f"{folder} has seeds {seeds[0]} to {seeds[-1]} and policies of the steps {', '.join(map(str, files))}")
+        run = read_run(folder)
+        script, args = script_and_args(run)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        fail(f"{folder}: not a run of these scripts ({type(error).__name__}: {error})")
+    saved = policies(run)
+    seed = run.seeds[0] if seed is None else seed
+    step = max(saved, default=None) if step is None else step
+    if seed not in run.seeds or step not in saved:
+        steps = ", ".join(map(str, saved))
+        fail(f"{folder} has seeds {run.seeds[0]} to {run.seeds[-1]} and policies of the steps {steps}")
+
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # read when MuJoCo is imported
         os.environ.setdefault("MUJOCO_GL", "egl" if film else "disabled")
-    try:
-        env = script.make_env(args["env_id"], render_mode="rgb_array" if film else None)
-        env.unwrapped.render_kwargs = {"height": 480, "width": 640}  # dm_control's, whose own picture is a quarter of it
-        if film:
-            sys.unraisablehook = lambda _: None  # a renderer's __del__ fails, when half made and at exit
-            if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # HumanoidBench's render() is for an older one
-                env.unwrapped.render = lambda: renderer.render("rgb_array")
-            env.reset()
-            env.render()
-    except Exception as error:  # EGL, OSMesa, MuJoCo and pygame each have their own
-        remedy = "; MuJoCo renders with MUJOCO_GL=egl and libegl1, or MUJOCO_GL=osmesa and libosmesa6" if film else ""
-        fail(f"no {args['env_id']} here ({type(error).__name__}: {error}){remedy}")
-    actor = script.Actor(1, *env.observation_space.shape, *env.action_space.shape)
-    state = torch.load(files[step], weights_only=True, map_location="cpu")["actor"]
-    actor.load_state_dict({name: value[[seeds.index(seed)]] for name, value in state.items()})
-    dt = getattr(env.unwrapped, "dt", None) or 1 / env.metadata["render_fps"]  # dm_control's render_fps is wrong
-    return Run(folder, args, env, dt, Policy(actor, env.unwrapped.action_space), seed, step, script.smoothness)
+    if film:
+        env = make_film_env(script, args)
+    else:
+        script.try_environment(args)
+        env = script.make_env(args.env_id, args.env_kwargs)
+    args = replace(args, num_seeds=1)
+    agent = new_agent(script, args, env)
+    index = run.seeds.index(seed)
+    load_policy(agent, saved[step], slice(index, index + 1))
+    return Player(run, script, args, env, agent, seed, step)
 
 
-def episode(run: Run, start: int) -> Iterator[tuple[np.ndarray, float]]:
-    """After each step of an episode from start seed start: action [A] in the environment's own units, reward."""
-    observation, _ = run.env.reset(seed=start)
-    box, done = run.env.unwrapped.action_space, False
-    while not done:
-        action = run.policy(torch.from_numpy(observation[None]))[0].numpy()
-        observation, reward, terminated, truncated, _ = run.env.step(2 * (action - box.low) / (box.high - box.low) - 1)
-        yield action, float(reward)
-        done = terminated or truncated
+# -------------------------------------------------------------------------------------------------------------- playing
 
 
-def score(run: Run, starts: list[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The first episode's actions [T, A], and each episode's return, length, smoothness and action fluctuation."""
-    episodes = [tuple(map(np.stack, zip(*episode(run, start)))) for start in starts]  # actions, rewards
-    rows = []
-    for actions, rewards in episodes:
-        fluctuation = np.linalg.norm(np.diff(actions, axis=0), axis=1).sum() / len(actions)
-        rows.append((rewards.sum(), len(actions), run.smoothness(actions), fluctuation))
-    return episodes[0][0], dict(zip(("return", "length", "smoothness", "action fluctuation"), np.transpose(rows)))
+class Disturbance(NamedTuple):
+    noise: np.ndarray | float = 0.0  # standard deviation of each dimension of an observation
+    delay: int = 0
+
+
+class Step(NamedTuple):
+    observation: np.ndarray  # [O], without noise
+    action: np.ndarray  # [A], as applied, in the environment's own units
+    reward: float
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T, O]
+    actions: np.ndarray  # [T, A]
+    rewards: np.ndarray  # [T]
+
+
+@torch.no_grad()
+def act(agent: Any, observation: np.ndarray) -> np.ndarray:
+    """The deterministic action of an agent of one seed: [O] -> [A], in [-1, 1]."""
+    batch = torch.from_numpy(observation.astype(np.float32)).view(1, 1, -1)
+    return agent.act(batch, explore=False)[0, 0].numpy()
+
+
+def steps_of(player: Player, start: int, disturbance: Disturbance) -> Iterator[Step]:
+    """An episode from the start seed start, a step at a time."""
+    env = player.env
+    generator = np.random.default_rng(start)
+    random.seed(start)  # for an environment that draws from these, as the scripts have it
+    np.random.seed(start)
+    chosen = deque(maxlen=disturbance.delay + 1)
+    observation, _ = env.reset(seed=start)
+    for _ in range(player.script.EPISODE_LIMIT):
+        noise = disturbance.noise * generator.standard_normal(observation.shape)
+        chosen.append(act(player.agent, observation + noise))
+        action = chosen[0]
+        next_observation, reward, terminated, truncated, _ = env.step(action)
+        yield Step(observation, player.script.in_own_units(action, env.action_box), reward)
+        if terminated or truncated:
+            return
+        observation = next_observation
+    print(f"an episode had no end and was cut at {player.script.EPISODE_LIMIT} steps")
+
+
+def play(player: Player, starts: list[int], disturbance: Disturbance) -> list[Episode]:
+    episodes = []
+    for start in tqdm(starts, desc=player.run.folder.name, unit="episode", leave=False, disable=None):
+        columns = zip(*steps_of(player, start, disturbance))
+        episodes.append(Episode(*map(np.stack, columns)))
+    return episodes
+
+
+def scores_of(player: Player, episodes: list[Episode]) -> dict[str, np.ndarray]:
+    """A number an episode of each measure of eval.csv."""
+    changes = [np.linalg.norm(np.diff(episode.actions, axis=0), axis=1).sum() for episode in episodes]
+    lengths = np.array([len(episode.actions) for episode in episodes])
+    return {
+        "return": np.array([episode.rewards.sum() for episode in episodes]),
+        "length": lengths,
+        "smoothness": np.array([player.script.smoothness(episode.actions) for episode in episodes]),
+        "action fluctuation": np.array(changes) / lengths,
+    }
 
 
 def shown(values: np.ndarray) -> str:
-    """Mean and standard deviation, three digits of the larger."""
-    digits = int(np.clip(2 - np.floor(np.log10(max(abs(values.mean()), values.std(), 1e-9))), 0, 5))
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    """Mean and standard deviation, to three digits of the larger."""
+    mean = values.mean()
+    deviation = values.std()
+    largest = max(abs(mean), deviation)
+    if 0 < largest < 1e-3:
+        return f"{mean:.2e} ± {deviation:.2e}"
+    digits = 0
+    if largest > 0:
+        digits = max(0, 2 - int(np.floor(np.log10(largest))))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def film(path: Path, runs: list[Run], start: int) -> None:
-    """An episode of each, side by side; the one that ends first stays on its last frame."""
+def print_scores(player: Player, conditions: dict[str, list[Episode]]) -> None:
+    """A column a condition."""
+    columns = {condition: scores_of(player, episodes) for condition, episodes in conditions.items()}
+    count = len(conditions["undisturbed"])
+    print(f"{player.run.folder}: {player.args.env_id}, seed {player.seed}, step {player.step}, {count} episodes")
+    if len(columns) > 1:
+        print(" " * 20, *(f"{condition:23}" for condition in columns))
+    for measure in columns["undisturbed"]:
+        values = [f"{shown(scores[measure]):23}" for scores in columns.values()]
+        print(f"  {measure:18}", " ".join(values).rstrip())
+
+
+# ------------------------------------------------------------------------------------------------------ film and figure
+
+
+def film(path: Path, players: list[Player], start: int, disturbance: Disturbance, fps: float, frames: int) -> None:
+    """An episode of each, side by side; the one that ends first stays on its last frame.
+
+    gymnasium's RecordVideo keeps all frames in memory, and films one environment.
+    """
     part = path.with_suffix(".part.mp4")
-    with imageio.get_writer(part, fps=1 / runs[0].dt, macro_block_size=2) as writer:
-        for _ in zip_longest(*(episode(run, start) for run in runs)):
-            writer.append_data(np.hstack([run.env.render() for run in runs]))
-    part.replace(path)
+    steps = zip_longest(*(steps_of(player, start, disturbance) for player in players))
+    try:
+        with imageio.get_writer(part, fps=fps, macro_block_size=2) as writer:
+            for _ in tqdm(islice(steps, frames), desc="film", total=frames, unit="frame", leave=False):
+                writer.append_data(np.hstack([render(player.env) for player in players]))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     print(path)
 
 
-def plot(path: Path, runs: list[Run], results: list[tuple]) -> None:
+def plot(path: Path, players: list[Player], condition: str, played: list[list[Episode]], dt: float) -> None:
     """A column a run: actions over time and their amplitudes (2/T |FFT|, mean over the dimensions) over frequency."""
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False})
-    n = min(3, results[0][0].shape[1])  # traces
-    layout = {"figsize": (0.4 + 3.1 * len(runs), 2.1 + 0.7 * n), "height_ratios": [1] * n + [1.8], "layout": "constrained"}
-    figure, grid = plt.subplots(n + 1, len(runs), sharey="row", squeeze=False, **layout)
-    for run, (actions, scores), axes, colour in zip(runs, results, grid.T, ("#4477AA", "#CC6677")):  # Paul Tol's
-        axes[0].set_title(f"{run.args['exp_name']}\n{run.args['env_id']}", loc="left")
-        axes[0].set_title(f"return {shown(scores['return'])}\nsmoothness {shown(scores['smoothness'])}", loc="right")
-        for index, axis in enumerate(axes[:n]):
-            axis.plot(run.dt * np.arange(len(actions))[:200], actions[:200, index], colour, lw=0.8, clip_on=False, zorder=3)
-            axis.set(ylim=(run.policy.low[index].item(), run.policy.high[index].item()), ylabel=f"action {index + 1}")
-            axis.tick_params(labelbottom=index == n - 1)
-        axes[n - 1].set_xlabel("time (s)")
-        amplitudes = 2 / len(actions) * np.abs(np.fft.rfft(actions, axis=0)).mean(1)
-        axes[n].plot(np.fft.rfftfreq(len(actions), run.dt)[1:], amplitudes[1:], colour, lw=0.8)
-        axes[n].set(xlabel="frequency (Hz)", ylabel="amplitude", yscale="log")
-        axes[n].yaxis.set_minor_formatter("")
+    box = players[0].env.action_box
+    traces = min(3, played[0][0].actions.shape[1])
+    figure, grid = plt.subplots(
+        traces + 1,
+        len(players),
+        sharey="row",
+        squeeze=False,
+        figsize=(0.4 + 3.1 * len(players), 2.3 + 0.7 * traces),
+        height_ratios=[1] * traces + [1.8],
+        layout="constrained",
+    )
+    for player, episodes, axes, colour in zip(players, played, grid.T, ("#4477AA", "#CC6677")):  # Paul Tol's
+        scores = scores_of(player, episodes)
+        actions = episodes[0].actions
+        T = len(actions)
+        names = f"{player.args.exp_name}, {player.args.env_id}"
+        measures = f"return {shown(scores['return'])}, smoothness {shown(scores['smoothness'])}"
+        title = [textwrap.fill(text, 44) for text in (names, measures)]
+        if condition != "undisturbed":
+            title.append(condition)
+        axes[0].set_title("\n".join(title), loc="left")
+        for index, axis in enumerate(axes[:traces]):
+            axis.plot(dt * np.arange(T)[:200], actions[:200, index], colour, lw=0.8, clip_on=False, zorder=3)
+            axis.set_ylabel(f"action {index + 1}")
+            low = box.low.flat[index]
+            high = box.high.flat[index]
+            if low < high:
+                axis.set_ylim(low, high)
+            axis.tick_params(labelbottom=index == traces - 1)
+        axes[traces - 1].set_xlabel("time (s)")
+        amplitudes = 2 / T * np.abs(np.fft.rfft(actions, axis=0)).mean(1)
+        frequencies = np.fft.rfftfreq(T, dt)
+        axes[traces].plot(frequencies[1:], amplitudes[1:], colour, lw=0.8)
+        axes[traces].set(xlabel="frequency (Hz)", ylabel="amplitude", yscale="log")
+        axes[traces].yaxis.set_minor_formatter("")
     for axis in grid[:, 1:].flat:
         axis.set_ylabel("")
     figure.savefig(path, dpi=200)
+    plt.close(figure)
     print(path)
+
+
+def upload(run: Run, path: Path, step: int) -> None:
+    import wandb
+
+    page = {"project": run.args["wandb_project_name"], "entity": run.args["wandb_entity"], "id": run.folder.name}
+    with wandb.init(**page, resume="allow") as wandb_run:
+        wandb_run.log({"play/film": wandb.Video(str(path)), "global_step": step})
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # one observation at a time
-    first, *others = runs = [load_run(path, args.seed, args.step, args.film) for path in (args.run, args.beside) if path]
-    if any(run.args["env_id"] != first.args["env_id"] for run in others):
-        fail(f"{args.beside} is of another environment than {args.run}")
-    skip = (first.seed - first.args["seed"]) * first.args["eval_episodes"]  # as the scripts' start_seeds
-    starts = np.random.SeedSequence([first.args["seed"], first.step, 1]).generate_state(skip + args.episodes)[skip:].tolist()
-    results = [score(run, starts) for run in runs]
-    for run, (_, scores) in zip(runs, results):
-        print(f"{run.folder}: {run.args['env_id']}, seed {run.seed}, step {run.step}, {args.episodes} episodes")
-        print("\n".join(f"  {name:18} {shown(values)}" for name, values in scores.items()))
-    name = "_beside_".join([f"play_seed{first.seed}_step{first.step:09d}", *(run.folder.name for run in others)])
-    if args.plot:
-        plot(first.folder / f"{name}.png", runs, results)
-    if args.film:
-        film(first.folder / f"{name}.mp4", runs, starts[0])
-    if args.film and args.track:
-        import wandb
+    players = [load_player(path, args.seed, args.step, args.film) for path in (args.run, args.beside) if path]
+    first = players[0]
+    for player in players:
+        if (player.args.env_id, player.args.env_kwargs) != (first.args.env_id, first.args.env_kwargs):
+            fail(f"{args.beside} is of another environment than {args.run}")
+    skipped = (first.seed - first.args.seed) * first.args.eval_episodes
+    starts = first.script.start_seeds(first.args, first.step, 1, skipped + args.episodes)[skipped:]
 
-        page = {"project": first.args["wandb_project_name"], "entity": first.args["wandb_entity"], "id": first.folder.name}
-        with wandb.init(**page, resume="allow") as wandb_run:
-            wandb_run.log({"play/film": wandb.Video(str(first.folder / f"{name}.mp4")), "global_step": first.step})
+    condition = "undisturbed"
+    disturbance = Disturbance()
+    played = {condition: [play(player, starts, disturbance) for player in players]}
+    name = f"play_seed{first.seed}_step{first.step:09d}"
+    if args.noise or args.delay:
+        observations = [episode.observations for episodes in played[condition] for episode in episodes]
+        disturbance = Disturbance(args.noise * np.concatenate(observations).std(0), args.delay)
+        condition = f"noise {args.noise:g}, delay {args.delay}"
+        played[condition] = [play(player, starts, disturbance) for player in players]
+        name += f"_noise{args.noise:g}_delay{args.delay}"
+    if args.beside:
+        name += f"_beside_{players[1].run.folder.name}"
+    for index, player in enumerate(players):
+        print_scores(player, {key: episodes[index] for key, episodes in played.items()})
+
+    if args.plot or args.film:
+        dt = time_step(first.env)
+    if args.plot:
+        plot(first.run.folder / f"{name}.png", players, condition, played[condition], dt)
+    if args.film:
+        path = first.run.folder / f"{name}.mp4"
+        longest = max(len(episodes[0].actions) for episodes in played[condition])
+        film(path, players, starts[0], disturbance, 1 / dt, round(min(longest, max(1, args.seconds / dt))))
+        if args.track:
+            upload(first.run, path, first.step)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("\nstopped; no half-written file is left", file=sys.stderr)
+        sys.exit(130)

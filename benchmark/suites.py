@@ -1,54 +1,66 @@
-"""The cells of the two papers' tables, each a script with flags on an environment, and which run on disk is of which cell.
+"""The cells of the two papers' tables, each a script with flags on an environment, and which run is of which cell.
 
 What a script sets by itself for an environment (PAVE's weights and budgets) is not repeated here.
 """
 
-import csv
-import importlib.util
-import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs import Run, load_script, script_path
+
 PAVE_ENVS = ("LunarLander-v3", "Pendulum-v1", "Reacher-v5", "Ant-v5", "Hopper-v5", "Walker2d-v5")
-AMS_ENVS = ("cheetah-run", "humanoid-run", "quadruped-walk", "quadruped-run", "dog-stand", "dog-walk", "dog-trot", "dog-run")
-AMS_ENVS += ("h1-sit", "h1-slide", "h1-walk", "h1-run")
 PAVE_METHODS = ("base", "caps", "grad", "asap", "pave")
-CRITIC_METHODS = ("base", "sn", "gp", "pave")
 WEIGHTS = ("mpr_weight", "vfc_weight", "curvature_weight")
+AMS_ENVS = (
+    *("cheetah-run", "humanoid-run", "quadruped-walk", "quadruped-run"),
+    *("dog-stand", "dog-walk", "dog-trot", "dog-run"),
+    *("h1-sit", "h1-slide", "h1-walk", "h1-run"),
+)
 
 
 class Cell(NamedTuple):
     """A figure of a table: one script with these flags on one environment, over some seeds."""
 
-    method: str  # the row's name in benchmark/paper/*.csv
+    method: str  # what sweep.py's --only calls it
     script: str
     env_id: str
     flags: dict[str, Any] = {}  # noqa: RUF012  (never written to)
 
 
-def pave_cell(backbone: str, method: str, env_id: str) -> Cell:
+def pave_cells(backbone: str, env_ids: tuple[str, ...], methods: tuple[str, ...]) -> list[Cell]:
     """All methods of PAVE's tables share one protocol; the base row is PAVE's script without PAVE."""
-    if method == "base":
-        return Cell(method, f"{backbone}_pave", env_id, dict.fromkeys(WEIGHTS, 0.0))
-    return Cell(method, f"{backbone}_{method}", env_id)
+    cells = []
+    for env_id in env_ids:
+        for method in methods:
+            if method == "base":
+                cells.append(Cell(method, f"{backbone}_pave", env_id, dict.fromkeys(WEIGHTS, 0.0)))
+            else:
+                cells.append(Cell(method, f"{backbone}_{method}", env_id))
+    return cells
+
+
+def ablation_cells(env_id: str, variants: tuple[str, ...]) -> list[Cell]:
+    """A variant is a 0 or 1 for each of PAVE's three terms."""
+    cells = []
+    for bits in variants:
+        flags = {weight: 0.0 for weight, bit in zip(WEIGHTS, bits) if bit == "0"}
+        cells.append(Cell(bits, "td3_pave", env_id, flags))
+    return cells
 
 
 def ams_cell(script: str, env_id: str, method: str | None = None, **flags: Any) -> Cell:
     """500 000 vector steps of 8 environments, twice that for the two hardest tasks; PPO's budget counts transitions."""
     steps = 1_000_000 if env_id in ("humanoid-run", "dog-run") else 500_000
-    steps = steps // 8 if script == "ppo" else steps
+    if script == "ppo":
+        steps = steps // 8
     return Cell(method or script, script, env_id, {"num_envs": 8, "total_timesteps": steps, **flags})
 
 
 VARIANTS = {  # of AMS on quadruped-run
-    "baseline": {},
     "without_ntd": {"num_neighbors": 0},  # TD3 has the noise of its target action back
     "layer_norm_alone": {"num_neighbors": 0, "policy_noise": 0.0},
     "without_ln": {"layer_norm": False},
+    "without_ln_radius_0.7": {"layer_norm": False, "radius": 0.7},
     "ams": {},
     "shared_frame": {"shared_frame": True},
     **{f"radius_{radius}": {"radius": radius} for radius in (0.2, 0.4, 0.6, 0.7, 0.8)},
@@ -56,115 +68,131 @@ VARIANTS = {  # of AMS on quadruped-run
 }
 
 
-def quadruped_run(backbone: str, *variants: str) -> list[Cell]:
-    scripts = {"baseline": backbone}
-    return [ams_cell(scripts.get(v, f"{backbone}_ams"), "quadruped-run", f"{backbone}:{v}", **VARIANTS[v]) for v in variants]
+def quadruped_cells(backbone: str, *variants: str) -> list[Cell]:
+    cells = [ams_cell(backbone, "quadruped-run", f"{backbone}:baseline")]
+    for variant in variants:
+        cells.append(ams_cell(f"{backbone}_ams", "quadruped-run", f"{backbone}:{variant}", **VARIANTS[variant]))
+    return cells
 
 
 SUITES: dict[str, list[Cell]] = {
-    "pave-table-1": [pave_cell("td3", method, env_id) for env_id in PAVE_ENVS for method in PAVE_METHODS],
-    "pave-table-2": [pave_cell("sac", method, env_id) for env_id in PAVE_ENVS for method in PAVE_METHODS],
-    "pave-critic-baselines": [
-        pave_cell("td3", method, env_id) for env_id in ("LunarLander-v3", "Walker2d-v5") for method in CRITIC_METHODS
-    ],
-    "pave-ablation": [  # a 0 or 1 for each of the three terms
-        Cell(bits, "td3_pave", "Walker2d-v5", {name: 0.0 for name, bit in zip(WEIGHTS, bits) if bit == "0"})
-        for bits in ("000", "100", "010", "110", "001", "101", "011", "111")
-    ],
+    "pave-table-1": pave_cells("td3", PAVE_ENVS, PAVE_METHODS),
+    "pave-table-2": pave_cells("sac", PAVE_ENVS, PAVE_METHODS),
+    "pave-critic-baselines": pave_cells("td3", ("LunarLander-v3", "Walker2d-v5"), ("base", "sn", "gp", "pave")),
+    "pave-ablation": ablation_cells("Walker2d-v5", ("000", "100", "010", "110", "001", "101", "011", "111")),
     "pave-plus-caps": [
-        *(pave_cell("td3", method, "LunarLander-v3") for method in ("base", "caps", "pave")),
+        *pave_cells("td3", ("LunarLander-v3",), ("base", "caps", "pave")),
         Cell("caps+pave", "td3_pave", "LunarLander-v3", {"caps_temporal_weight": 0.1, "caps_spatial_weight": 0.5}),
     ],
+    "pave-terms-pendulum": ablation_cells("Pendulum-v1", ("000", "110", "001", "111")),  # ours
     "pave-quarter-rows": [  # ours: is a quarter of the batch enough for PAVE's losses?
-        *(pave_cell("sac", method, env_id) for env_id in ("Pendulum-v1", "LunarLander-v3") for method in ("base", "pave")),
-        *(Cell("pave:rows_25", "sac_pave", env_id, {"geometry_rows": 25}) for env_id in ("Pendulum-v1", "LunarLander-v3")),
+        *pave_cells("sac", ("Pendulum-v1", "LunarLander-v3"), ("base", "pave")),
+        Cell("pave:rows_25", "sac_pave", "Pendulum-v1", {"geometry_rows": 25}),
+        Cell("pave:rows_25", "sac_pave", "LunarLander-v3", {"geometry_rows": 25}),
+        Cell("pave:rows_64", "td3_pave", "LunarLander-v3", {"geometry_rows": 64}),
     ],
-    "ams-table-2": [ams_cell(script, env_id) for env_id in AMS_ENVS for script in ("ppo", "sac", "td3", "td3_ams", "sac_ams")],
+    "ams-table-2": [
+        ams_cell(script, env_id) for env_id in AMS_ENVS for script in ("ppo", "sac", "td3", "td3_ams", "sac_ams")
+    ],
     "ams-table-3": [
-        *quadruped_run("td3", "baseline", "without_ntd", "without_ln", "ams"),
-        *quadruped_run("sac", "baseline", "without_ntd", "without_ln", "ams"),
-        *quadruped_run("td3", *(f"radius_{radius}" for radius in (0.2, 0.4, 0.6, 0.8))),
-        *quadruped_run("td3", *(f"neighbors_{K}" for K in (4, 6, 8, 10))),
+        *quadruped_cells("td3", "without_ntd", "without_ln", "ams"),
+        *quadruped_cells("sac", "without_ntd", "without_ln", "ams"),
+        *quadruped_cells("td3", *(f"radius_{radius}" for radius in (0.2, 0.4, 0.6, 0.8)))[1:],
+        *quadruped_cells("td3", *(f"neighbors_{K}" for K in (4, 6, 8, 10)))[1:],
     ],
-    "ams-what-works": quadruped_run(  # ours: what of AMS makes the gain?
-        "td3", "baseline", "without_ntd", "layer_norm_alone", "without_ln", "ams", "radius_0.7", "shared_frame"
-    ),
+    "ams-what-works": [  # ours: what of AMS makes the gain? LayerNorm or none, with nothing, neighbourhood or noise
+        ams_cell("td3", "quadruped-run", "td3:no_noise", policy_noise=0.0),
+        *quadruped_cells("td3", "without_ln", "layer_norm_alone", "without_ntd", "ams"),
+        *quadruped_cells("td3", "radius_0.7", "without_ln_radius_0.7", "shared_frame")[1:],
+    ],
 }
 
-# Arguments that do not change what is learned: two runs that differ in these alone are the same run.
-INCIDENTAL = {"exp_name", "resume", "track", "wandb_project_name", "wandb_entity", "cuda", "compile"}
-INCIDENTAL |= {"log_every", "save_every", "save_replay"}
+
+# ------------------------------------------------------------------------------------ what the report calls the methods
+
+NAMES = {  # by script without the backbone, and the flags that are not its defaults
+    "_pave mpr_weight=0.0 vfc_weight=0.0 curvature_weight=0.0": "Base",
+    "_pave vfc_weight=0.0 curvature_weight=0.0": "MPR alone",
+    "_pave mpr_weight=0.0 curvature_weight=0.0": "VFC alone",
+    "_pave mpr_weight=0.0 vfc_weight=0.0": "Curv alone",
+    "_pave curvature_weight=0.0": "PAVE without Curv",
+    "_pave vfc_weight=0.0": "PAVE without VFC",
+    "_pave mpr_weight=0.0": "PAVE without MPR",
+    "_pave caps_temporal_weight=0.1 caps_spatial_weight=0.5": "PAVE with CAPS",
+    "_pave geometry_rows=25": "PAVE, a quarter of the rows",
+    "_pave geometry_rows=64": "PAVE, a quarter of the rows",
+    "_ams num_neighbors=0": "LayerNorm + TD3's noise",
+    "_ams num_neighbors=0 policy_noise=0.0": "LayerNorm alone",
+    "_ams layer_norm=False": "AMS without LayerNorm",
+    "_ams layer_norm=False radius=0.7": "AMS without LayerNorm, radius 0.7",
+    "_ams shared_frame=True": "AMS, shared frame",
+}
+
+
+def name_of(cell: Cell) -> str:
+    """td3_ams with num_neighbors 0 and policy_noise 0 is LayerNorm alone on TD3."""
+    defaults = load_script(cell.script).Args()
+    words = [script_path(cell.script).stem]
+    for flag, value in cell.flags.items():
+        if flag not in ("num_envs", "total_timesteps") and value != getattr(defaults, flag):
+            words.append(f"{flag}={value}")
+    backbone = words[0].split("_")[0].upper()
+    variant = " ".join(words)[len(backbone) :]
+    if variant == "_ams num_neighbors=0" and backbone == "SAC":  # which has no noise to give back
+        name = "LayerNorm alone"
+    elif variant == " policy_noise=0.0":
+        return "TD3 without noise"
+    elif variant in NAMES:
+        name = NAMES[variant]
+    elif variant:  # "_ams radius=0.7": AMS radius 0.7
+        script, *changed = variant[1:].replace("=", " ").replace("_", " ").split(" ")
+        name = " ".join([script.upper(), *changed])
+    else:
+        return backbone
+    return f"{name} on {backbone}"
+
+
+# ------------------------------------------------------------------------------------------- which run is of which cell
+
+INCIDENTAL = {  # arguments that do not change what is learned: runs that differ in these alone are the same run
+    *("exp_name", "runs_dir", "resume", "track", "wandb_project_name", "wandb_entity", "cuda", "compile"),
+    *("log_every", "save_every", "save_replay"),
+}
 SEEDS = {"seed", "num_seeds"}
-
-
-def script_path(script: str) -> Path:
-    """td3_ams, td3_ams.py, baselines/td3 ... -> the file; raises FileNotFoundError if there is none."""
-    name = script.removesuffix(".py") + ".py"
-    for path in (ROOT / name, ROOT / "baselines" / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"no script is called {script}: looked for {name} and baselines/{name}")
-
-
-def load_script(script: str) -> ModuleType:
-    """A training script as a module, imported once."""
-    path = script_path(script)
-    name = f"smoothq_script_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def cell_args(cell: Cell) -> Any:
     """The script's Args with which the cell is trained."""
     script = load_script(cell.script)
-    return script.Args(**{**script.SETTINGS.get(cell.env_id, {}), "env_id": cell.env_id, **cell.flags})
+    settings = script.SETTINGS.get(cell.env_id, {})
+    return script.Args(**{**settings, "env_id": cell.env_id, **cell.flags})
 
 
-class Run(NamedTuple):
-    """A folder of runs/."""
+def differences(
+    run: Run, wanted: dict[str, Any], defaults: dict[str, Any], ignore: set[str] = frozenset()
+) -> list[str]:
+    """The arguments in which a run differs from those wanted, INCIDENTAL ones aside.
 
-    folder: Path
-    args: dict[str, Any]  # args.json
-    is_complete: bool
-
-    @property
-    def seeds(self) -> range:
-        return range(self.args["seed"], self.args["seed"] + self.args["num_seeds"])
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """Every run in runs/, oldest first; a folder whose args.json or eval.csv cannot be read is none."""
-    runs = []
-    for path in sorted(folder.glob("*/args.json"), key=lambda path: path.stat().st_mtime):
-        try:
-            args, table = json.loads(path.read_text()), path.with_name("eval.csv")
-            last_step = -1
-            if table.exists():
-                last_step = max((int(row["step"]) for row in csv.DictReader(table.read_text().splitlines())), default=-1)
-            runs.append(Run(path.parent, args, last_step == args["total_timesteps"]))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            print(f"{path.parent}: passed over ({type(error).__name__}: {error})", file=sys.stderr)
-    return runs
-
-
-def differences(run: Run, wanted: dict[str, Any], defaults: dict[str, Any], ignore: set[str] = frozenset()) -> list[str]:
-    """The arguments in which a run differs from those wanted, INCIDENTAL ones aside. One that its script did not have when the
-    run was made counts as its default, one that the script no longer has as a difference."""
-    names = (run.args.keys() | wanted.keys()) - INCIDENTAL - ignore
-    return sorted(name for name in names if name not in wanted or run.args.get(name, defaults.get(name)) != wanted[name])
+    One that its script did not have when the run was made counts as its default, one that the script no longer has as
+    a difference.
+    """
+    different = []
+    for name in (run.args.keys() | wanted.keys()) - INCIDENTAL - ignore:
+        if name not in wanted or run.args.get(name, defaults.get(name)) != wanted[name]:
+            different.append(name)
+    return sorted(different)
 
 
 def other_arguments(run: Run, cell: Cell) -> list[str]:
     """The arguments in which a run is not the cell's, whatever its length, seeds and evaluations."""
-    if [run.args.get("script"), run.args.get("env_id")] != [Path(cell.script).stem, cell.env_id]:
+    script = script_path(cell.script).stem
+    if run.args.get("script") != script or run.args.get("env_id") != cell.env_id:
         return ["script", "env_id"]
     args = cell_args(cell)
-    wanted = {"script": Path(cell.script).stem, **asdict(args)}
-    if "learning_starts" in wanted and run.args.get("learning_starts") != args.learning_starts:  # of sweep.py --scale, perhaps
-        wanted["learning_starts"] = max(1, round(args.learning_starts * run.args["total_timesteps"] / args.total_timesteps))
+    wanted = {"script": script, **asdict(args)}
+    if run.args.get("learning_starts") != wanted.get("learning_starts"):  # of sweep.py --scale, perhaps
+        scale = run.args["total_timesteps"] / args.total_timesteps
+        wanted["learning_starts"] = max(1, round(args.learning_starts * scale))
     return differences(run, wanted, asdict(type(args)()), SEEDS | {"total_timesteps", "eval_every", "eval_episodes"})
 
 

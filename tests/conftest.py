@@ -1,10 +1,8 @@
-"""What every test needs: the scripts as modules and as processes, a tiny environment, and train() on it in this process."""
+"""What the tests share: the scripts as modules, a tiny environment, an agent and a batch for it, README.md's code."""
 
 import importlib.util
-import os
-import subprocess
+import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import gymnasium as gym
@@ -15,11 +13,22 @@ from same_code import ROOT, SCRIPTS
 
 ALL = [str(path.relative_to(ROOT)) for path in SCRIPTS]
 OFF_POLICY = [path for path in ALL if "ppo" not in path]
+S, B, O, A = 2, 6, 3, 2  # seeds, rows of a batch, sizes of an observation and an action, in make_agent and make_batch
+CPU = torch.device("cpu")
+README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """Where a closed form is checked, rounding would hide small mistakes."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def load_script(path: str) -> ModuleType:
@@ -32,50 +41,32 @@ def load_script(path: str) -> ModuleType:
     return sys.modules[name]
 
 
-def start_script(path: str, *flags: object, cwd: Path, **environment: str) -> subprocess.Popen:
-    """The script as a user starts it, in the folder cwd, on one thread; its output in pipes, as text."""
-    command = [sys.executable, str(ROOT / path), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **environment}
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run_script(path: str, *flags: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """start_script, to its end."""
-    process = start_script(path, *flags, cwd=cwd, **environment)
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
 class Brief(gym.Env):
     """Episodes of 3 steps that terminate and of 4 that are truncated, by turns; the best action is half of the greatest.
 
     An observation is the episode's parity and the steps since its start.
     """
 
-    observation_space, action_space = gym.spaces.Box(-9, 9, (2,), np.float32), gym.spaces.Box(-2, 2, (2,), np.float32)
+    observation_space = gym.spaces.Box(-9, 9, (2,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (2,), np.float32)
     parity = 1
 
     def reset(self, *, seed=None, options=None):
-        self.parity, self.steps = 1 - self.parity, 0
-        return np.array([self.parity, 0]), {}
+        super().reset(seed=seed)
+        self.parity = 1 - self.parity
+        self.steps = 0
+        return np.array([self.parity, 0], np.float32), {}
 
     def step(self, action):
         self.steps += 1
-        ends = [self.steps == 3, False] if self.parity == 0 else [False, self.steps == 4]
-        return np.array([self.parity, self.steps]), -float(np.square(action - 1).sum()), *ends, {}
+        observation = np.array([self.parity, self.steps], np.float32)
+        reward = -float(np.square(action - 1).sum())
+        terminated = self.parity == 0 and self.steps == 3
+        truncated = self.parity == 1 and self.steps == 4
+        return observation, reward, terminated, truncated, {}
 
 
 gym.register("Brief-v0", Brief)
-
-
-def serial_envs(makers: list, **mode) -> gym.vector.VectorEnv:
-    """In place of AsyncVectorEnv: starting a process for each takes longer than all else."""
-    envs, pending = gym.vector.SyncVectorEnv(makers, **mode), []
-    envs.step_async, envs.step_wait = pending.append, lambda timeout: envs.step(pending.pop())
-    return envs
 
 
 def make_args(path: str, **flags):
@@ -84,26 +75,38 @@ def make_args(path: str, **flags):
     return args(**{name: value for name, value in flags.items() if name in args.__dataclass_fields__})
 
 
-def train(path: str, batch: dict[str, torch.Tensor] | None = None, losses: list | None = None, **changes) -> dict:
-    """The script's own train() on Brief-v0, without a file: its args, modules and replay.
+def make_agent(path: str, **flags):
+    """The script's Agent for S seeds; its target networks differ from the trained ones, or no test could tell them apart."""
+    args = make_args(path, **{"num_seeds": S, "batch_size": B, **flags})
+    agent = load_script(path).Agent(args, O, A, CPU)
+    for module in agent.state().values():
+        if isinstance(module, torch.nn.Module):
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    parameter += 0.02 * torch.randn_like(parameter)
+    return agent
 
-    Every update gets batch, if any: the replay's columns by name, previous_observations last. losses collects the class of the
-    network and the loss [S] of each gradient.
-    """
-    script, defaults = load_script(path), dict(env_id="Brief-v0", update_every=1, eval_episodes=1, cuda=False, compile=False)
-    kept = {"args": make_args(path, **defaults | changes)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gym.vector, "AsyncVectorEnv", serial_envs)
-        patch.setattr("signal.signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
-        patch.setattr(script, "start_log", lambda *_: lambda *_: None)
-        patch.setattr(script, "evaluate", lambda *_: [])
-        patch.setattr(script, "save_checkpoint", lambda _, step, state, __, replay: kept.update(state, replay=replay))
-        if batch:
-            *columns, previous = batch.values()
-            before = [*columns[:3], previous, *columns[3:]]
-            patch.setattr(script.ReplayBuffer, "sample", lambda self, _: columns if len(self.widths) == 5 else before)
-        if losses is not None:
-            compute, record = script.set_gradients, lambda loss, network: losses.append((type(network).__name__, loss.detach()))
-            patch.setattr(script, "set_gradients", lambda *arguments: (record(*arguments), compute(*arguments)))
-        script.train(kept["args"])
-    return kept
+
+def make_batch(path: str):
+    """Random transitions for make_agent's agent, some of whose actions saturate; every other one terminates."""
+    observations, next_observations, previous_observations = 10 * torch.randn(3, S, B, O)
+    columns = {
+        "observations": observations,
+        "actions": 2 * torch.rand(S, B, A) - 1,
+        "next_observations": next_observations,
+        "previous_observations": previous_observations,
+        "rewards": torch.randn(S, B),
+        "terminations": torch.arange(B).remainder(2).expand(S, B).to(observations),
+    }
+    fields = load_script(path).Batch
+    return fields(**{name: columns[name] for name in fields._fields})
+
+
+def check_loss(loss: torch.Tensor, expected: torch.Tensor, network: torch.nn.Module) -> None:
+    """Two losses [S] are the same, and so are their gradients by the network's parameters."""
+    assert loss.shape == (S,)
+    torch.testing.assert_close(loss, expected)
+    parameters = list(network.parameters())
+    options = {"retain_graph": True, "materialize_grads": True}  # 0 where a loss does not depend on a parameter
+    gradients = torch.autograd.grad(loss.sum(), parameters, **options)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), parameters, **options))

@@ -1,10 +1,10 @@
 """Real faults in real runs: kills, full disks, dead and lying environments, numbers that overflow, damaged checkpoints.
 
-pytest tests/test_faults.py               the fast part, on TD3
-pytest tests/test_faults.py -m slow -s    the full counts, SAC and PPO too; prints how often each fault was survived
+pytest tests/integration/test_faults.py               the fast part, on TD3
+pytest tests/integration/test_faults.py -m slow -s    the full counts, SAC and PPO too; prints what was survived how often
 """
 
-import hashlib
+import io
 import os
 import pickle
 import random
@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,10 +23,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import load_script
 from faulty_envs import GOOD_STEPS
 from gymnasium.vector import AsyncVectorEnv
-from processes import SMALL, Run, flags, load, only_run, read_eval
+from processes import SMALL, Run, contents, flags, load, only_run, read_eval
 from torch.utils._pytree import tree_leaves
 
 TD3, SAC, PPO = "baselines/td3.py", "sac_pave.py", "baselines/ppo.py"
@@ -51,14 +52,10 @@ def start(path: str, cwd: Path, env: str = "Cheap", before: Callable = impatient
     return Run(path, *flags(path, **SMALL | changes), cwd=cwd, before=before)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-
-
 def check_goes_on(path: str, folder: Path) -> int:
-    """The checkpoint is finite; resumed, a copy of the run has its networks, keeps its rows, goes on at its step and updates.
+    """The checkpoint is finite; resumed, a copy of the run has its networks, keeps its rows, goes on and updates.
 
-    By a learning rate of 0 the networks stay what they were when loaded. Returns the checkpoint's step.
+    With a learning rate of 0 the networks stay what they were when loaded. Returns the checkpoint's step.
     """
     cwd = folder.parent.parent.with_name(f"resumed_{time.monotonic_ns()}")
     copy = Path(shutil.copytree(folder, cwd / "runs" / folder.name))
@@ -82,14 +79,15 @@ def check_goes_on(path: str, folder: Path) -> int:
 
 # Kills and signals.
 
-
 SLOW = [pytest.param(path, times, marks=pytest.mark.slow) for path, times in ((TD3, 12), (SAC, 9), (PPO, 9))]
 
 
 @pytest.mark.parametrize("path, times", [(TD3, 3), *SLOW])
 def test_sigkill(path, times, tmp_path):
     """One run, killed again and again; every second time while it writes a checkpoint, which it does at every step."""
-    chance, last, cwd = random.Random(times), 0, tmp_path / "run"
+    chance = random.Random(times)
+    cwd = tmp_path / "run"
+    last = 0
     for kill in range(times):
         for file in cwd.glob("runs/*/*.tmp"):
             file.unlink()
@@ -102,26 +100,27 @@ def test_sigkill(path, times, tmp_path):
             run.until(lambda: list(cwd.glob("runs/*/*.pt.tmp")))
         os.kill(run.pid, signal.SIGKILL)
         run.wait(-signal.SIGKILL)
-        writing = any(cwd.glob("runs/*/*.pt.tmp"))
-        last, before = check_goes_on(path, only_run(cwd)), last
-        assert last >= before and set(range(0, last, 25)) <= {row["step"] for row in read_eval(only_run(cwd))}
-        survived[f"SIGKILL, {'while a checkpoint is written' if writing else 'at another moment'}"] += 1
+        moment = "while a checkpoint is written" if any(cwd.glob("runs/*/*.pt.tmp")) else "at another moment"
+        step = check_goes_on(path, only_run(cwd))
+        assert step >= last and set(range(0, step, 25)) <= {row["step"] for row in read_eval(only_run(cwd))}
+        last = step
+        survived[f"SIGKILL, {moment}"] += 1
+
+
+SIGNALS = [("SIGTERM", os.kill), ("SIGTERM", os.killpg), ("SIGINT", os.killpg), ("SIGUSR1", os.kill), ("SIGHUP", os.killpg)]
 
 
 @each_script
-@pytest.mark.parametrize("number, whom", [("SIGTERM", "process"), ("SIGTERM", "group"), ("SIGINT", "group")])
-def test_a_signal_saves(path, number, whom, tmp_path):
-    """The printed command goes on. SIGINT is sent while evaluations take most of the time."""
+@pytest.mark.parametrize("number, send", SIGNALS)
+def test_a_signal_saves(path, number, send, tmp_path):
+    """SIGINT is sent while evaluations take most of the time."""
     run = start(path, tmp_path, save_every=10**6, eval_every=1 if number == "SIGINT" else 10**6)
     run.until(lambda: 40 in run.steps)
-    (os.kill if whom == "process" else os.killpg)(run.pid, getattr(signal, number))
+    send(run.pid, getattr(signal, number))
     run.wait(0, timeout=30)
-    folder = only_run(tmp_path)
-    command = shlex.split(run.output.splitlines()[-1].partition("go on with: ")[2])
-    assert command == ["python", str(ROOT / path), "--resume", f"runs/{folder.name}"]
-    assert run.errors.strip() == "saving, then stopping; again to stop at once"
-    assert check_goes_on(path, folder) >= run.steps[-1]
-    survived[f"{number} to the {whom}"] += 1
+    assert run.errors.strip() == "saving, then stopping; Ctrl-C again to stop at once"
+    assert check_goes_on(path, only_run(tmp_path)) >= run.steps[-1]
+    survived[f"{number} by {send.__name__}"] += 1
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -133,7 +132,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     for pause in (0.2, 1):  # uv run sends it twice
         os.killpg(run.pid, signal.SIGINT)
         time.sleep(pause)
-    assert run.running()
+    assert run.process.is_alive()
     os.killpg(run.pid, signal.SIGINT)
     run.wait(128 + signal.SIGINT, timeout=5)
     assert contents(tmp_path) == before
@@ -141,24 +140,59 @@ def test_a_second_signal_stops_at_once(tmp_path):
     survived["a second SIGINT"] += 1
 
 
+def test_nohup(tmp_path):
+    """A SIGHUP that the user's shell ignores stays ignored."""
+    run = start(TD3, tmp_path, total_timesteps=200, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    run.until(lambda: 40 in run.steps)
+    os.killpg(run.pid, signal.SIGHUP)
+    assert run.wait(0).steps[-1] == 200 and not run.errors
+
+
+@pytest.mark.parametrize("launcher", ["python", "uv"])
+def test_the_printed_command_goes_on(launcher, tmp_path):
+    """From a folder whose name has to be quoted."""
+    if launcher == "uv":
+        before = lambda: os.environ.update(UV_RUN_RECURSION_DEPTH="1")
+    else:
+        before = lambda: os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
+    run = start(TD3, tmp_path, before=before, runs_dir="it's $HOME")
+    run.until(lambda: 40 in run.steps)
+    os.kill(run.pid, signal.SIGTERM)
+    command = run.wait(0).output.splitlines()[-1].partition("go on with: ")[2]
+    (folder,) = tmp_path.glob("it's $HOME/*")
+    assert shlex.split(command)[-2:] == ["--resume", str(folder.relative_to(tmp_path))]
+    step = load(folder / "checkpoint.pt")["step"]
+    if launcher == "uv":  # it would install all dependencies
+        assert shlex.split(command)[:2] == ["uv", "run"]
+    else:
+        subprocess.run(f"{command} --total-timesteps {step + 5}", shell=True, cwd=tmp_path, check=True)
+        assert load(folder / "checkpoint.pt")["step"] == step + 5
+
+
 # Environments and numbers.
 
-EXPECTED = {"Raises": "ValueError: the robot fell off the table", "Dies": "EOFError|BrokenPipeError|ConnectionResetError"}
-EXPECTED |= {"Hangs": r"TimeoutError: .* timed out after 5 second"}
-HERE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # a single environment is in the trainer's process
+EXPECTED = {
+    "Raises": "ValueError: the robot fell off the table",
+    "Dies": "EOFError|BrokenPipeError|ConnectionResetError",
+    "Hangs": "TimeoutError: .* timed out after 5 second",
+    "NanObservation": rf"step {GOOD_STEPS}: the observation of environment 0 is not finite: \[nan nan\]",
+    "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
+    "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
+}
+ALONE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # a single environment is in the trainer's process
 
 
 @each_script
-@pytest.mark.parametrize("env, num_envs", [*HERE, ("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)])
+@pytest.mark.parametrize("env, num_envs", [*ALONE, ("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)])
 def test_environment_misbehaves(path, env, num_envs, tmp_path):
     run = start(path, tmp_path, env, num_envs=num_envs).wait(1)
-    assert re.search(EXPECTED.get(env, "not finite"), run.errors), run.errors
+    assert re.search(EXPECTED[env], run.errors), run.errors
     assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS // 20 * 20
     survived[f"environment: {env}"] += 1
 
 
 @each_script
-@pytest.mark.parametrize("env", EXPECTED)
+@pytest.mark.parametrize("env", ["Raises", "Dies", "Hangs"])
 def test_environment_misbehaves_in_an_evaluation(path, env, tmp_path):
     run = start(path, tmp_path, env, eval_every=10, save_every=10).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
@@ -184,12 +218,14 @@ def test_numbers_overflow(path, env, log_every, tmp_path):
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.pt, half", "replay.pt", "eval.csv"])
 def test_disk_full(path, name, tmp_path):
     start(path, tmp_path, total_timesteps=40).wait(0)
-    folder, limits = only_run(tmp_path), {}
+    folder = only_run(tmp_path)
+    half = (folder / "checkpoint.pt").stat().st_size // 2
     if "half" in name:
-        limits = {resource.RLIMIT_FSIZE: (folder / "checkpoint.pt").stat().st_size // 2}
+        before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
     else:
-        (folder / f"{name}.tmp").symlink_to("/dev/full")
-    run = Run(path, "--resume", folder, "--total-timesteps", 80, "--eval-every", 20, cwd=tmp_path, limits=limits).wait(1)
+        before = lambda: (folder / f"{name}.tmp").symlink_to("/dev/full")
+    words = ["--resume", folder, "--total-timesteps", 80, "--eval-every", 20]
+    run = Run(path, *words, cwd=tmp_path, before=before).wait(1)
     assert re.search("No space left on device|file write failed|File too large|unexpected pos", run.errors), run.errors
     (folder / f"{name}.tmp").unlink(missing_ok=True)
     assert check_goes_on(path, folder) == 40
@@ -206,43 +242,47 @@ class Payload:
         return os.mkdir, (str(self.folder),)
 
 
-def damages(file: Path, marker: Path) -> list[Callable[[], object]]:
-    """Ways to damage file, a checkpoint; marker is the folder that a payload would make."""
-    state, whole = load(file), file.read_bytes()
+def damaged(file: Path, marker: Path) -> list[bytes]:
+    """What could be found in place of file, a checkpoint; marker is the folder that a payload would make."""
+    whole = file.read_bytes()
+    state = load(file)
     payload = {**state, "step": Payload(marker), "rows": Payload(marker)}
-    wider = {"rows": torch.zeros(3, 4), "critic": {name: torch.zeros(7) for name in state.get("critic", {})}}
-    broken = [whole[: len(whole) // 2], b"", b"no checkpoint", whole[:100] + b"\xff" * 400 + whole[500:], pickle.dumps(payload)]
-    return [
-        *(lambda data=data: file.write_bytes(data) for data in broken),
-        *(lambda data=data: torch.save(data, file) for data in ({}, {"weights": 0}, {**state, **wider}, payload)),
-        lambda: torch.save(payload, file, _use_new_zipfile_serialization=False),
-    ]
+    misshapen = {**state, "rows": torch.zeros(3, 4), "critic": {"fc1.weight": torch.zeros(7)}}
+    found = [b"", b"no checkpoint", whole[: len(whole) // 2], whole[:100] + b"\xff" * 400 + whole[500:], pickle.dumps(payload)]
+    for other, is_zip in (({}, True), ({"weights": 0}, True), (misshapen, True), (payload, True), (payload, False)):
+        buffer = io.BytesIO()
+        torch.save(other, buffer, _use_new_zipfile_serialization=is_zip)
+        found.append(buffer.getvalue())
+    return found
 
 
 def test_damaged_files(tmp_path):
     """Exit status 2, one line, nothing written, no code run."""
     start(TD3, tmp_path / "run", total_timesteps=40).wait(0)
     start("baselines/sac.py", tmp_path / "other", total_timesteps=5, save_every=5).wait(0)
-    folder, other, marker = only_run(tmp_path / "run"), only_run(tmp_path / "other"), tmp_path / "payload"
-    args, checkpoint, replay = (folder / name for name in ("args.json", "checkpoint.pt", "replay.pt"))
-    texts = ["", "{", "[]", "null", '{"script": "td3"}']
-    spoiled = [(args, lambda text=text: args.write_text(text)) for text in [*texts, (other / "args.json").read_text()]]
-    spoiled += [(file, spoil) for file in (checkpoint, replay) for spoil in damages(file, marker)]
-    for file, spoil in [*spoiled, (checkpoint, lambda: shutil.copy(other / "checkpoint.pt", folder))]:
-        whole = file.read_bytes()
-        spoil()
+    folder = only_run(tmp_path / "run")
+    other = only_run(tmp_path / "other")
+    marker = tmp_path / "payload"
+    texts = [b"", b"{", b"[]", b"null", b'{"script": "td3"}', (other / "args.json").read_bytes()]
+    spoiled = [("args.json", text) for text in texts]
+    spoiled += [("checkpoint.pt", data) for data in damaged(folder / "checkpoint.pt", marker)]
+    spoiled += [("checkpoint.pt", (other / "checkpoint.pt").read_bytes())]
+    spoiled += [("replay.pt", data) for data in damaged(folder / "replay.pt", marker)]
+    for name, data in spoiled:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(data)
         before = contents(folder)
         run = Run(TD3, "--resume", folder, "--total-timesteps", 50, cwd=tmp_path / "run").wait(2)
         assert run.errors.count("\n") == 1 and "td3.py: --resume" in run.errors, run.errors
         assert contents(folder) == before and not marker.exists()
-        file.write_bytes(whole)
-        survived[f"{file.name} damaged, foreign or poisoned"] += 1
+        (folder / name).write_bytes(whole)
+        survived[f"{name} damaged, foreign or poisoned"] += 1
     check_goes_on(TD3, folder)
 
 
 # Command lines.
 
-JUNK = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "9" * 4000, "-", "--", "1,2", "None", "True", "x y", "0.5"]
+JUNK = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "9" * 4000, "-", "--", "1,2", "None", "True", "x y", "{}"]
 WRONG = ["dog-rnu", "CartPole-v1", "CarRacing-v3", "nosuch:Env-v0", "", "h1-walk", "Ant-v2", "a/b/c"]
 
 
@@ -250,30 +290,32 @@ def fuzzed(path: str, chance: random.Random) -> list[str]:
     """A command line: flags of the script, few of them with a value that suits them, and words that are none."""
     words = []
     for _ in range(chance.randint(1, 5)):
-        field, junk = chance.choice(fields(load_script(path).Args)), chance.choice(JUNK)
+        field = chance.choice(fields(load_script(path).Args))
         flag = f"--{chance.choice(['', '', '', 'no-'])}{field.name.replace('_', chance.choice('-_'))}"
-        value = chance.choice([junk, str(field.default), str(chance.randint(-3, 2**41)), repr(chance.lognormvariate(0, 5))])
+        junk = chance.choice(JUNK)
+        numbers = [str(chance.randint(-3, 2**41)), repr(chance.lognormvariate(0, 5))]
+        value = chance.choice([junk, str(field.default), *numbers])
         words += chance.choice([[flag, value], [flag, value], [f"{flag}={value}"], [flag], [junk]])
     return words
 
 
 @each_script
-def test_fuzzed_command_lines(path, monkeypatch, capsys, tmp_path):
-    """Exit status 0 or 2, no traceback; and nothing written with 2. Some of those accepted are run, at a small size."""
-    monkeypatch.setenv("MUJOCO_GL", "nonsense")  # a script renders nothing, whatever the user's shell exports
-    chance, lines = random.Random(1), []
+def test_fuzzed_command_lines(path, monkeypatch, tmp_path):
+    """Exit status 0 or 2, no traceback, and nothing written with 2. Some of those accepted are run, at a small size."""
+    chance = random.Random(1)
+    lines = []
     for _ in range(200):
         words = fuzzed(path, chance)
         monkeypatch.setattr(sys, "argv", [path, *words])
         try:
             load_script(path).parse_args()
-            lines += [words] * ("--track" not in words)
+            lines.append(words)
         except SystemExit as stop:
             assert stop.code in (0, 2), words
         survived["fuzzed command line, parsed"] += 1
-    small = flags(path, **SMALL | dict(total_timesteps=4, learning_starts=2))
+    small = flags(path, **SMALL | dict(total_timesteps=4, learning_starts=2, track=False))
     lines = [[*words, *small] for words in lines[:4]] + [["--env-id", name] for name in WRONG]
     for number, words in enumerate(lines):
         run = Run(path, *words, cwd=tmp_path / str(number)).wait(0, 2)
-        assert "Traceback" not in run.errors and (run.status == 0 or not any((tmp_path / str(number)).iterdir())), words
+        assert "Traceback" not in run.errors and (run.process.exitcode == 0 or not any(run.cwd.iterdir())), words
         survived["fuzzed command line, run"] += 1
