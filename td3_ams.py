@@ -736,8 +736,10 @@ def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[di
             replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
             replay.steps = stored["steps"]
             replay.filled.fill_(stored["rows"].shape[1] * args.num_envs)
-        with open(folder / "eval.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        rows = []
+        if (folder / "eval.csv").exists():  # not yet, where the run stopped in its first evaluation
+            with open(folder / "eval.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         return step, rows
     except Exception as error:  # torch.load has half a dozen for a damaged file
         fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])

@@ -698,8 +698,10 @@ def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[di
             replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
             replay.steps = stored["steps"]
             replay.filled.fill_(stored["rows"].shape[1] * args.num_envs)
-        with open(folder / "eval.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        rows = []
+        if (folder / "eval.csv").exists():  # not yet, where the run stopped in its first evaluation
+            with open(folder / "eval.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         return step, rows
     except Exception as error:  # torch.load has half a dozen for a damaged file
         fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])
@@ -891,9 +893,13 @@ def train(args: Args) -> None:
     step = 0
     evaluations = []  # rows of eval.csv
     if args.resume:
-        step, evaluations = load_checkpoint(args, agent, replay=None)
+        step, evaluations = load_checkpoint(args, agent)
     folder = open_folder(args)
     print(folder, flush=True)
+    training_seeds = start_seeds(args, step, 0, S * N)
+    envs = make_envs(args, training_seeds)
+    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
+    listen_for_stop()
 
     @torch.no_grad()
     def policy(observations: np.ndarray) -> np.ndarray:
@@ -905,12 +911,8 @@ def train(args: Args) -> None:
         """[S * N, ...] -> [S, N, ...] in float32, on the training device."""
         return torch.as_tensor(column, dtype=torch.float32, device=device).unflatten(0, (S, N))
 
-    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
-    training_seeds = start_seeds(args, step, 0, S * N)
-    envs = make_envs(args, training_seeds)
-    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
-    listen_for_stop()
     log = Log(folder, args, step)
+    torch.manual_seed(args.seed + step)  # a resumed run begins new episodes, and draws new numbers
 
     observations, _ = envs.reset(seed=training_seeds)
     episode_returns = np.zeros(S * N)
@@ -928,7 +930,7 @@ def train(args: Args) -> None:
                 save_evaluation(folder, step, agent, evaluations)
                 log.evaluation(step, rows)
         if step % args.save_every == 0 or is_last or STOP_REQUESTS:
-            save_checkpoint(folder, step, agent, None)
+            save_checkpoint(folder, step, agent)
         if is_last or STOP_REQUESTS:
             break
 

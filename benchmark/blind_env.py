@@ -2,9 +2,9 @@
 
     PYTHONPATH=benchmark python td3_ams.py --env-id blind_env:Blind-223-38-v0
 
-Blind-O-A-v0 has O observations and A actions: 223, 38 are dog-run's, 17, 6 are Walker2d-v5's, 3, 1 are Pendulum-v1's. Its
-numbers depend on the seed alone, so two runs that differ in rounding see the same transitions for ever. Blind-overflow-v0 has
-rewards of 1e30, whose squared error float32 does not hold.
+Blind-O-A-v0 has O observations and A actions: 223, 38 are dog-run's, 17, 6 are Walker2d-v5's, 3, 1 are Pendulum-v1's.
+Its numbers depend on the seed alone, so two runs that differ in rounding see the same transitions for ever.
+Blind-overflow-v0 has rewards of 1e30, whose squared error float32 does not hold.
 """
 
 import gymnasium as gym
@@ -30,7 +30,16 @@ class BlindEnv(gym.Env):
         return self.table[self.row], self.reward_scale * float(self.table[self.row, 0]), False, False, {}
 
 
-SIZES = {"223-38": (223, 38, 1.0), "17-6": (17, 6, 1.0), "3-1": (3, 1, 1.0), "overflow": (17, 6, 1e30)}
-for name, sizes in SIZES.items():
-    kwargs = dict(zip(("observation_dim", "action_dim", "reward_scale"), sizes))
-    gym.register(id=f"Blind-{name}-v0", entry_point=BlindEnv, max_episode_steps=200, kwargs=kwargs)
+SIZES = {  # observations, actions, reward_scale
+    "223-38": (223, 38, 1.0),
+    "17-6": (17, 6, 1.0),
+    "3-1": (3, 1, 1.0),
+    "overflow": (17, 6, 1e30),
+}
+for name, (observation_dim, action_dim, reward_scale) in SIZES.items():
+    gym.register(
+        id=f"Blind-{name}-v0",
+        entry_point=BlindEnv,
+        max_episode_steps=200,
+        kwargs={"observation_dim": observation_dim, "action_dim": action_dim, "reward_scale": reward_scale},
+    )

@@ -253,7 +253,7 @@ def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path
     for axis, (name, norms) in zip(axes, found.items()):
         extent = (-ACTION_REACH, ACTION_REACH, -STATE_REACH, STATE_REACH)
         image = axis.imshow(norms, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=top, cmap="viridis")
-        axis.set_title(f"{name}, largest {norms.max():.0f}")
+        axis.set_title(f"{name}, largest {norms.max():.3g}")
         axis.set_xlabel(f"action {action_dim + 1}, from the policy's own")
     axes[0].set_ylabel(f"observation {state_dim + 1}, from the state's own")
     figure.colorbar(image, ax=axes, label="norm of the mixed Hessian", extend="max")

@@ -18,7 +18,7 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
     return trim_mean(scores, 0.25, axis=0)
 
 
-def interval(scores: np.ndarray, statistic: Callable = mean) -> np.ndarray | None:
+def interval(scores: np.ndarray, statistic: Callable = mean, reps: int = 2000) -> np.ndarray | None:
     """The 95 % interval [2, T] of a statistic of scores [seeds, T] or, as numbers, [seeds].
 
     None with one or two seeds: resampling them says nothing.
@@ -32,7 +32,7 @@ def interval(scores: np.ndarray, statistic: Callable = mean) -> np.ndarray | Non
     def over_seeds(tasks: np.ndarray) -> np.ndarray:
         return statistic(tasks[:, 0])
 
-    _, found = library.get_interval_estimates({"": tasks}, over_seeds, reps=10_000)
+    _, found = library.get_interval_estimates({"": tasks}, over_seeds, reps=reps)
     return found[""].reshape(2, *scores.shape[1:])
 
 

@@ -75,9 +75,8 @@ def fail(message: str) -> NoReturn:
 
 
 def is_dm_control(env: gym.Env) -> bool:
-    return (
-        type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
-    )  # shimmy's; HumanoidBench lives without dm_control
+    """By the name of shimmy's class: HumanoidBench lives without dm_control, which shimmy imports."""
+    return type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
 
 
 def time_step(env: gym.Env) -> float:
@@ -107,7 +106,7 @@ def make_film_env(script: ModuleType, args: Any) -> gym.Env:
     try:
         env = script.make_env(args.env_id, args.env_kwargs, render_mode="rgb_array")
         if is_dm_control(env):
-            env.unwrapped.render_kwargs = {"height": 480, "width": 640}  # its own picture is a quarter of that
+            env.unwrapped.render_kwargs = {"height": 480, "width": 640, "camera_id": 0}  # which follows the robot
         env.reset(seed=args.seed)
         picture = render(env)
     except Exception as error:  # EGL, OSMesa, MuJoCo and pygame each have their own
@@ -115,7 +114,7 @@ def make_film_env(script: ModuleType, args: Any) -> gym.Env:
         if isinstance(error, TypeError) and "'render_mode'" in message:
             fail(f"--film: {args.env_id} takes no render_mode, so it cannot be filmed")
         places = [f"{Path(frame.filename).name} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-        if re.search("render|opengl|egl|osmesa|glfw", " ".join([message, *places]), re.IGNORECASE):
+        if re.search(r"render|opengl|\begl|osmesa|glfw", " ".join([message, *places]), re.IGNORECASE):
             message += "; MuJoCo renders with MUJOCO_GL=egl and libegl1, or MUJOCO_GL=osmesa and libosmesa6"
         fail(f"--film: {args.env_id}: {message}")
     if not isinstance(picture, np.ndarray) or picture.ndim != 3:
@@ -171,15 +170,9 @@ class Disturbance(NamedTuple):
     delay: int = 0
 
 
-class Step(NamedTuple):
-    observation: np.ndarray  # [O], without noise
-    action: np.ndarray  # [A], as applied, in the environment's own units
-    reward: float
-
-
 class Episode(NamedTuple):
-    observations: np.ndarray  # [T, O]
-    actions: np.ndarray  # [T, A]
+    observations: np.ndarray  # [T, O], without noise
+    actions: np.ndarray  # [T, A], as applied, in the environment's own units
     rewards: np.ndarray  # [T]
 
 
@@ -190,8 +183,8 @@ def act(agent: Any, observation: np.ndarray) -> np.ndarray:
     return agent.act(batch, explore=False)[0, 0].numpy()
 
 
-def steps_of(player: Player, start: int, disturbance: Disturbance) -> Iterator[Step]:
-    """An episode from the start seed start, a step at a time."""
+def steps_of(player: Player, start: int, disturbance: Disturbance) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """An episode from the start seed start: after each step a row of Episode."""
     env = player.env
     generator = np.random.default_rng(start)
     random.seed(start)  # for an environment that draws from these, as the scripts have it
@@ -203,7 +196,7 @@ def steps_of(player: Player, start: int, disturbance: Disturbance) -> Iterator[S
         chosen.append(act(player.agent, observation + noise))
         action = chosen[0]
         next_observation, reward, terminated, truncated, _ = env.step(action)
-        yield Step(observation, player.script.in_own_units(action, env.action_box), reward)
+        yield observation, player.script.in_own_units(action, env.action_box), reward
         if terminated or truncated:
             return
         observation = next_observation
@@ -216,6 +209,12 @@ def play(player: Player, starts: list[int], disturbance: Disturbance) -> list[Ep
         columns = zip(*steps_of(player, start, disturbance))
         episodes.append(Episode(*map(np.stack, columns)))
     return episodes
+
+
+def disturbance_of(noise: float, delay: int, played: list[list[Episode]]) -> Disturbance:
+    """noise is in standard deviations of all the observations in played."""
+    observations = [episode.observations for episodes in played for episode in episodes]
+    return Disturbance(noise * np.concatenate(observations).std(0), delay)
 
 
 def scores_of(player: Player, episodes: list[Episode]) -> dict[str, np.ndarray]:
@@ -247,12 +246,13 @@ def print_scores(player: Player, conditions: dict[str, list[Episode]]) -> None:
     """A column a condition."""
     columns = {condition: scores_of(player, episodes) for condition, episodes in conditions.items()}
     count = len(conditions["undisturbed"])
-    print(f"{player.run.folder}: {player.args.env_id}, seed {player.seed}, step {player.step}, {count} episodes")
-    if len(columns) > 1:
-        print(" " * 20, *(f"{condition:23}" for condition in columns))
+    played = "1 episode" if count == 1 else f"{count} episodes"
+    print(f"{player.run.folder}: {player.args.env_id}, seed {player.seed}, step {player.step}, {played}")
+    table = {"": list(columns)} if len(columns) > 1 else {}
     for measure in columns["undisturbed"]:
-        values = [f"{shown(scores[measure]):23}" for scores in columns.values()]
-        print(f"  {measure:18}", " ".join(values).rstrip())
+        table[measure] = [shown(scores[measure]) for scores in columns.values()]
+    for measure, cells in table.items():
+        print(f"  {measure:18}", *(f"{cell:23}" for cell in cells[:-1]), cells[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ film and figure
@@ -293,9 +293,8 @@ def plot(path: Path, players: list[Player], condition: str, played: list[list[Ep
         scores = scores_of(player, episodes)
         actions = episodes[0].actions
         T = len(actions)
-        names = f"{player.args.exp_name}, {player.args.env_id}"
-        measures = f"return {shown(scores['return'])}, smoothness {shown(scores['smoothness'])}"
-        title = [textwrap.fill(text, 44) for text in (names, measures)]
+        title = [textwrap.fill(f"{player.args.exp_name}, {player.args.env_id}", 44)]
+        title += [f"{measure} {shown(scores[measure])}" for measure in ("return", "smoothness")]
         if condition != "undisturbed":
             title.append(condition)
         axes[0].set_title("\n".join(title), loc="left")
@@ -343,8 +342,7 @@ def main(args: Args) -> None:
     played = {condition: [play(player, starts, disturbance) for player in players]}
     name = f"play_seed{first.seed}_step{first.step:09d}"
     if args.noise or args.delay:
-        observations = [episode.observations for episodes in played[condition] for episode in episodes]
-        disturbance = Disturbance(args.noise * np.concatenate(observations).std(0), args.delay)
+        disturbance = disturbance_of(args.noise, args.delay, played[condition])
         condition = f"noise {args.noise:g}, delay {args.delay}"
         played[condition] = [play(player, starts, disturbance) for player in players]
         name += f"_noise{args.noise:g}_delay{args.delay}"

@@ -1,18 +1,20 @@
-"""The papers' tables and curves, ours beside theirs: a folder with report.html, report.md, PNGs and a CSV a table.
+"""Tables and curves of many runs, ours beside the papers': a folder with report.html, PNGs and a CSV a section.
 
     python benchmark/report.py runs --peers FlashSAC/results/stateRL_cpusim/*.csv
     python benchmark/report.py benchmark/results/*.csv      # from the CSVs of an earlier report
 
-A run counts for a cell of a table if its arguments are the cell's, however far it is; the step read is the one with the most
-seeds x steps. Tables and panels without a run are left out. geometry.py gives the runs what the tables of the critics need.
-The CSVs have the columns that FlashSAC, XQC, SimbaV2 and DR.Q publish, exp_name, env_name, seed, metric, env_step, value, where
-env_step counts transitions.
+A run counts for a method if its arguments are those of a cell of suites.py, however far it is; the step read is the one
+with the most seeds x steps. geometry.py gives the runs what the tables of the critics need. The CSVs have the columns
+that FlashSAC, XQC, SimbaV2 and DR.Q publish, exp_name, env_name, seed, metric, env_step, value, and num_envs: env_step
+counts transitions, tables and figures vector steps, which are env_step / num_envs.
 """
 
 import base64
-from collections.abc import Callable, Iterator
+import html
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,366 +23,526 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
-from geometry import runs_in
-from rliable import library as rliable
-from suites import SUITES, WEIGHTS, Cell, Run, cell_args, is_of, load_script, other_arguments
+from geometry import GEOMETRY, RADII, SHIFT
+from intervals import interquartile_mean, interval, paired_difference
+from suites import SUITES, cell_args, is_of, name_of, other_arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runs import Run, file_name, runs_in
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-PAPER = Path(__file__).resolve().parent / "paper"
-COLUMNS = ["exp_name", "env_name", "seed", "metric", "env_step", "value"]
-# Paul Tol's "muted" scheme, which colour-blind readers tell apart; a method has its colour everywhere.
-COLOURS = {"Base": "#000000", "TD3": "#000000", "SAC": "#332288", "PPO": "#999999", "CAPS": "#DDCC77", "GRAD": "#88CCEE"}
-COLOURS |= {"ASAP": "#117733", "SN": "#999933", "GP": "#44AA99", "PAVE": "#CC6677", "AMS-TD3": "#882255", "AMS-SAC": "#AA4499"}
-OTHER_COLOURS = ("#0077BB", "#EE7733", "#009988", "#EE3377", "#33BBEE", "#CC3311", "#999933", "#BBBBBB")
-
-SCORES, RETURNS = ("avg_return", "smoothness", "action_fluctuation"), ("training_return", "avg_return")
-GEOMETRY = ("M_sup", "negative_definite_rate", "mean_cosine", "flip_rate")
-STABILITY = ("critic_grad_norm", "td_target_variance")
+PAPER = Path(__file__).resolve().parent / "paper" / "figures.csv"
+COLUMNS = ["exp_name", "env_name", "seed", "metric", "env_step", "value", "num_envs"]
+KEYS = ["exp_name", "env_name", "seed"]
+SCORES = ("avg_return", "smoothness", "action_fluctuation")
+STABILITY = ("critic_grad_norm", "td_target_variance", "action_saturation")
 MINUTES = ("minutes_per_1M_transitions", "minutes_per_1M_vector_steps")
-SHIFT = ("value_sd_over_states", "shift_radius_0.2", "taylor_radius_0.2", "sampling_sd_radius_0.2", "shift_radius_0.8")
-SHIFT += ("shift_td3_noise", "sampling_sd_td3_noise")  # of geometry.py
-TRAINING = ("training_return", *STABILITY, *MINUTES)  # of TensorBoard
-BETTER = dict.fromkeys((*RETURNS, *GEOMETRY[1:3]), " ↑") | dict.fromkeys((*SCORES[1:], "M_sup", "flip_rate"), " ↓")
-LOGARITHMIC = ("M_sup", *STABILITY, *SHIFT)
+TRAINING = ("training_return", *STABILITY, *MINUTES)  # what TensorBoard has: means over the last tenth of the run
+TAGS = {"charts/episodic_return": "training_return", "charts/SPS": "SPS"}
+TAGS |= {f"diagnostics/{metric}": metric for metric in STABILITY}
+SHOWN_SHIFT = ("shift_radius_0.2", "unclipped_shift_radius_0.2", "taylor_radius_0.2", "shift_td3_noise")
+SHOWN_SHIFT += ("unclipped_shift_td3_noise", "saturated_actions", "value_sd_over_states")
 
-PAVE_NOTE = "Deterministic policy; actions in the environment's units; ± is the deviation over all episodes of all seeds."
-GEOMETRY_NOTE = """First critic, along the evaluation's episodes. M_sup is no finer than ±50 %: the paper's own tables disagree
-by that much (Walker's base 1923 and 1320). Pendulum's printed figures are not comparable: the reference takes the critic at the
-action in the environment's units, we at the normalised one that it learnt from."""
-AMS_NOTE = """Training return: with exploration, of the episodes that ended in the last tenth of the run; seeds side by side log
-their mean. The paper does not say which return it prints; we think this one, so its figures stand beside it. The other return:
-deterministic policy."""
-SHIFT_NOTE = """The shift is min_j Q_j at the policy's action less its mean around it; online networks, 512 next states of the
-replay, beside the deviation of min_j Q_j over these states. Taylor: -radius² / (2 A) tr H, 0 for a ReLU critic without
-LayerNorm, whose curvature is all in its kinks. sampling sd: of one draw, for the radius the mean over K = 8 directions."""
-STABILITY_NOTE = """Means over the last tenth of the run, beside the paper's final values. The norm is that of the loss's
-gradient, over both twins; the variance is over a batch."""
-TIMING_NOTE = """On the machine of the runs, all seeds of a run together; the paper's on an RTX 3090. Its “1M environment steps”
-are probably transitions, 8 a vector step: 20 minutes for 1M vector steps of cheetah-run would be 833 updates a second, several
-times CleanRL's speed."""
-IMPOSSIBLE = """ Returns lie between 0 and 1000, so the paper's SAC on h1-walk, dog-stand and h1-run cannot be; with mean and
-deviation exchanged it can."""
+LABELS = {
+    "avg_return": "return ↑",
+    "training_return": "training return ↑",
+    "smoothness": "smoothness ↓",
+    "action_fluctuation": "action fluctuation ↓",
+    "M_sup": "M_sup ↓",
+    "negative_definite_rate": "negative definite rate ↑",
+    "mean_cosine": "mean cosine ↑",
+    "flip_rate": "flip rate ↓",
+}
+# Most of Paul Tol's "muted" and "bright" that have a contrast of 3 to white; colour-blind readers tell them apart.
+COLOURS = ("#000000", "#CC3311", "#0077BB", "#117733", "#AA4499", "#808000", "#882255", "#D55E00", "#332288", "#777777")
+COLOURS += ("#009078", "#8C564B", *map(matplotlib.colors.to_hex, plt.get_cmap("tab20b").colors))
+PAVE_ORDER = ("Base", "PAVE", "CAPS", "GRAD", "ASAP", "PAVE, a quarter of the rows", "PAVE without Curv", "Curv alone")
+AMS_ORDER = ("TD3", "AMS", "LayerNorm alone", "AMS without LayerNorm", "LayerNorm + TD3's noise", "AMS radius 0.7")
+AMS_ORDER += ("TD3 without noise", "AMS without LayerNorm, radius 0.7", "SAC", "PPO")
+
+PAVE_NOTE = """Deterministic policy; smoothness and fluctuation in the environment's units. M_sup and the other columns
+of the critic: first critic, along the evaluation's episodes; M_sup is no finer than ±50 %, the paper's tables disagree
+by that much (Walker's base 1923 and 1320). Pendulum's printed geometry is left out: the reference takes the critic at
+the action in the environment's units, we at the normalised one that it learnt from. The paper's rows of single terms
+come from an ablation whose base has a return of 4589 and a smoothness of 1.828."""
+AMS_NOTE = """Training return: with exploration, of the episodes that ended in the last tenth of the run; the paper does
+not say which return it prints, we think this one. The other return: deterministic policy. Gradient norm, target
+variance and saturation (the share of the actor's action components beyond 0.98): means over the last tenth of the run.
+Our gradient norm is some 50 times the paper's: of another definition. Its “1M environment steps” are probably
+transitions, 8 a vector step, on an RTX 3090. Returns lie between 0 and 1000, so the paper's deviations for SAC on
+h1-walk, dog-stand and h1-run cannot be; with mean and deviation exchanged they can. The shift is min_j Q_j at the
+policy's action less its mean around it, at 512 next states of the replay; unclipped: where the neighbours may leave the
+box [-1, 1]. Taylor: -radius² / (2 A) tr H, 0 for a ReLU critic without LayerNorm, whose curvature is in its kinks."""
 
 
-class Table(NamedTuple):
-    """Rows are the cells of a suite, environments one below the other; columns are metrics, whose curves are drawn below."""
+class Section(NamedTuple):
+    """The methods of some suites on one backbone: in no other section."""
 
     name: str
-    suite: str  # empty: the runs that are in none
     title: str
-    metrics: tuple[str, ...]
-    note: str = ""
-    steps: dict[str, tuple] = {}  # noqa: RUF012, environments and steps of training to show; empty: all, the last one
+    scripts: tuple[str, ...]  # of the backbone and, by its name, of the methods on it
+    suites: tuple[str, ...]
+    base: str  # the method that the others are compared with
+    tables: tuple[tuple[str, ...], ...]  # the metrics of each
+    note: str
 
 
-OVER_TRAINING = {"LunarLander-v3": (100_000, 300_000, 500_000), "Walker2d-v5": (200_000, 600_000, 1_000_000)}
-TABLES = [
-    Table("ams_what_works", "ams-what-works", "What in AMS works: quadruped-run", (*RETURNS, *STABILITY), AMS_NOTE),
-    Table("ams_shift", "ams-what-works", "How far AMS's neighbourhood moves the target", SHIFT, SHIFT_NOTE),
-    Table("pave_td3", "pave-table-1", "PAVE, table 1: TD3", SCORES, PAVE_NOTE),
-    Table("pave_sac", "pave-table-2", "PAVE, table 2: SAC", SCORES, PAVE_NOTE),
-    Table("pave_rows", "pave-quarter-rows", "PAVE on a quarter of the batch's rows", (*SCORES, MINUTES[1]), PAVE_NOTE),
-    Table("pave_geometry_td3", "pave-table-1", "PAVE: the critic's geometry, TD3", GEOMETRY, GEOMETRY_NOTE),
-    Table("pave_geometry_sac", "pave-table-2", "PAVE: the critic's geometry, SAC", GEOMETRY, GEOMETRY_NOTE),
-    Table("pave_steps", "pave-table-1", "PAVE: over training, TD3", GEOMETRY[:2], GEOMETRY_NOTE, OVER_TRAINING),
-    Table("pave_critics", "pave-critic-baselines", "PAVE: critic-side baselines", SCORES + GEOMETRY[:2], GEOMETRY_NOTE),
-    Table("pave_terms", "pave-ablation", "PAVE: its three terms", SCORES, PAVE_NOTE + " Compare rows within this table only."),
-    Table("pave_caps", "pave-plus-caps", "PAVE with CAPS", SCORES, PAVE_NOTE),
-    Table("ams_table_2", "ams-table-2", "AMS, table 2", RETURNS, AMS_NOTE + IMPOSSIBLE),
-    Table("ams_table_3", "ams-table-3", "AMS, table 3: ablation on quadruped-run", RETURNS, AMS_NOTE),
-    Table("ams_figure_4", "ams-table-2", "AMS, figure 4", STABILITY, STABILITY_NOTE, {"quadruped-run": (None,)}),
-    Table("ams_timing", "ams-table-2", "AMS, table B.4: training time", MINUTES, TIMING_NOTE),
-    Table("other_runs", "", "Other runs", (*RETURNS, *SCORES[1:]), "Of no cell of the papers' tables; steps are transitions."),
-]
+PAVE_TABLES = ((*SCORES, MINUTES[1]), GEOMETRY)
+AMS_TABLES = (("training_return", "avg_return", *STABILITY, MINUTES[0]), SHOWN_SHIFT)
+OTHER_TABLES = (("training_return", *SCORES, "action_saturation"),)
+PAVE_SUITES = tuple(suite for suite in SUITES if suite.startswith("pave"))
+AMS_SUITES = ("ams-what-works", "ams-table-2", "ams-table-3")
+SECTIONS = (
+    Section("ams_td3", "AMS on TD3", ("td3", "ppo"), AMS_SUITES, "TD3", AMS_TABLES, AMS_NOTE),
+    Section("ams_sac", "AMS on SAC", ("sac",), AMS_SUITES, "SAC", AMS_TABLES, AMS_NOTE),
+    Section("pave_td3", "PAVE on TD3", ("td3",), PAVE_SUITES, "Base on TD3", PAVE_TABLES, PAVE_NOTE),
+    Section("pave_sac", "PAVE on SAC", ("sac",), PAVE_SUITES, "Base on SAC", PAVE_TABLES, PAVE_NOTE),
+    Section("other_runs", "Other runs", ("",), (), "", OTHER_TABLES, "Of no cell of the papers' tables."),
+)
 
 
-def paper_values() -> dict[tuple, str]:
-    """(suite, method, env_id, metric, step or None) -> the papers' figures as printed, with their deviation."""
-
-    def read(name: str, **constants) -> pd.DataFrame:
-        return pd.read_csv(PAPER / f"{name}.csv", dtype=str, keep_default_na=False).assign(**constants)
-
-    tables, geometry, ablation = read("pave_tables_1_2"), read("pave_geometry"), read("pave_ablation_walker_td3")
-    variants = read("ams_table_3_quadruped_run", env_id="quadruped-run")
-    variants = variants.assign(method=variants.backbone + ":" + variants.variant)
-    stability = read("ams_stability_quadruped_run").set_index("quantity").T.rename_axis("method").reset_index()
-    timing = read("ams_timing_rtx3090").rename(columns={"baseline_minutes": "td3", "ams_minutes": "td3_ams"})
-    frames = [
-        ("pave-table-1", tables[tables.backbone == "td3"]),
-        *((suite, tables[tables.backbone == "sac"]) for suite in ("pave-table-2", "pave-quarter-rows")),
-        ("pave-table-1", geometry.pivot(index=["method", "env_id"], columns="quantity", values="value").reset_index()),
-        ("pave-table-1", read("pave_geometry_over_training_td3")),
-        ("pave-critic-baselines", read("pave_critic_baselines")),
-        ("pave-plus-caps", read("pave_plus_caps_lunar_td3", env_id="LunarLander-v3")),
-        ("pave-ablation", ablation.assign(method=ablation.mpr + ablation.vfc + ablation.curv, env_id="Walker2d-v5")),
-        ("ams-table-2", read("ams_table_2").drop(columns="steps")),
-        *((suite, variants) for suite in ("ams-table-3", "ams-what-works")),
-        ("ams-table-2", stability.rename(columns={"critic_gradient_norm": STABILITY[0]}).assign(env_id="quadruped-run")),
-        ("ams-table-2", timing.melt("env_id", var_name="method", value_name=MINUTES[0])),
-    ]
-    values = {}
-    for suite, frame in frames:
-        frame = frame.fillna("").rename(columns=lambda name: name.removesuffix("_mean"))
-        for row in frame.to_dict("records"):
-            step = int(row["step"]) if "step" in row else None
-            for name in row.keys() & {"return", *SCORES, *GEOMETRY, *STABILITY, *MINUTES}:
-                metric = ("training_return" if suite.startswith("ams") else "avg_return") if name == "return" else name
-                deviation = f" ± {row[f'{name}_std']}" if f"{name}_std" in row else ""
-                values[suite, row["method"], row["env_id"], metric, step] = row[name] + deviation
-    return {key: text for key, text in values.items() if text}
+def cells_by_name() -> dict[tuple[str, str], tuple]:
+    """(method, env_id) -> its cell and the Args of its script."""
+    cells = {}
+    for cell in [cell for suite in (*AMS_SUITES, *PAVE_SUITES) for cell in SUITES[suite]]:
+        cells.setdefault((name_of(cell), cell.env_id), (cell, cell_args(cell)))
+    return cells
 
 
-WORDS = {("num_neighbors", 0): "no NTD", ("layer_norm", False): "no LayerNorm", ("policy_noise", 0.0): "no noise"}
-WORDS |= {("shared_frame", True): "shared frame", ("caps_temporal_weight", 0.1): "with CAPS", ("caps_spatial_weight", 0.5): ""}
-WORDS |= {(weight, 0.0): f"no {word}" for weight, word in zip(WEIGHTS, ("MPR", "VFC", "Curv"))}
+CELLS = cells_by_name()
 
 
-def name_of(cell: Cell) -> str:
-    """What its method is called in tables, curves and CSVs: td3_ams with num_neighbors 0 is AMS-TD3, no NTD."""
-    name, defaults = "-".join(reversed(cell.script.upper().split("_"))), load_script(cell.script).Args()
-    if all(cell.flags.get(weight) == 0 for weight in WEIGHTS):
-        return name.replace("PAVE", "Base")
-    changed = {k: v for k, v in cell.flags.items() if k not in ("num_envs", "total_timesteps") and v != getattr(defaults, k)}
-    words = [WORDS.get((flag, value), f"{flag.replace('_', ' ')} {value}") for flag, value in changed.items()]
-    return ", ".join(filter(None, [name, *words]))
+def names_of(section: Section) -> list[str]:
+    """The methods that belong to a section, in the order of its rows."""
+    cells = [cell for suite in section.suites for cell in SUITES[suite]]
+    return list(dict.fromkeys(name_of(cell) for cell in cells if cell.script.split("_")[0] in section.scripts))
 
 
-# Our runs in long form.
+def shown(name: str, section: Section) -> str:
+    """AMS on TD3 -> AMS, in a section that has that in its title."""
+    return name.removesuffix(f" on {section.scripts[0].upper()}")
+
+
+# ----------------------------------------------------------------------------------------------------- reading the runs
 
 
 def read_run(run: Run) -> pd.DataFrame:
-    """seed, metric, env_step, value of one run: the mean over a seed's episodes and, with _sd, their deviation.
-
-    Seeds side by side log one training curve, their mean: it counts as the first seed's.
-    """
+    """seed, metric, env_step, value, num_envs: means over a seed's episodes and, with _sd, their deviation."""
     episodes = pd.read_csv(run.folder / "eval.csv").rename(columns={"return": "avg_return"})
-    groups = episodes.groupby(["seed", "step"])[[name for name in SCORES if name in episodes]]
-    parts = [groups.mean().join(groups.std(ddof=0).add_suffix("_sd")).assign(episodes=groups.size()).reset_index()]
-    parts += [pd.read_csv(path) for name in ("geometry", "target_shift") if (path := run.folder / f"{name}.csv").exists()]
-    events, N, grid = (
-        EventAccumulator(str(run.folder), {"scalars": 0}),
-        run.args["num_envs"],
-        max(run.args["eval_every"] // 10, 1),
-    )
+    groups = episodes.groupby(["seed", "step"])[[score for score in SCORES if score in episodes]]
+    scores = groups.mean().join(groups.std(ddof=0).add_suffix("_sd")).assign(episodes=groups.size())
+    tables = [scores.reset_index(), *training_tables(run)]
+    for name in ("geometry", "target_shift"):
+        path = run.folder / f"{name}.csv"
+        if path.exists():
+            tables.append(pd.read_csv(path))
+    long = pd.concat([table.melt(["seed", "step"], var_name="metric") for table in tables]).dropna()
+    N = run.args["num_envs"]
+    return long.assign(env_step=long.step.astype(int) * N, num_envs=N).drop(columns="step")
+
+
+def training_tables(run: Run) -> Iterator[pd.DataFrame]:
+    """seed, step and a metric of TensorBoard, ten points for each evaluation.
+
+    What is logged for all seeds together counts as the first one's; the training return is logged for each, but by
+    older runs.
+    """
+    events = EventAccumulator(str(run.folder), {"scalars": 0})
     events.Reload()
-    tags = {"training_return": "charts/episodic_return", **dict.fromkeys(MINUTES, "charts/SPS")}
-    for metric, tag in (tags | {name: f"diagnostics/{name}" for name in STABILITY}).items():
-        if tag in events.Tags()["scalars"]:
-            logged = pd.Series({event.step: event.value for event in events.Scalars(tag)})  # of a step's two the later
-            means = logged.groupby(-(-logged.index // grid) * grid).mean().rename(metric)  # of a tenth between evaluations
-            means = 1e6 / 60 / means / (N if metric == MINUTES[0] else 1) if metric in MINUTES else means
-            parts.append(means.rename_axis("step").reset_index().assign(seed=run.args["seed"]))
-    long = pd.concat([part.melt(["seed", "step"], var_name="metric") for part in parts]).dropna()
-    return long.assign(env_step=long.step.astype(int) * N)
+    tags = events.Tags()["scalars"]
+    points = max(1, min(run.args["eval_every"], run.args["total_timesteps"]) // 10)
+    for tag in tags:
+        name, of_seed, seed = tag.partition("_seed_")
+        if name not in TAGS or (not of_seed and any(other.startswith(f"{name}_seed_") for other in tags)):
+            continue
+        logged = pd.Series({event.step: event.value for event in events.Scalars(tag)})  # of a step's two the later
+        means = logged.groupby(np.ceil(logged.index / points).astype(int) * points).mean()
+        table = pd.DataFrame({"step": means.index, "seed": int(seed or run.args["seed"]), TAGS[name]: means.to_numpy()})
+        if name == "charts/SPS":
+            minutes = 1e6 / 60 / table.pop("SPS")
+            table[MINUTES[0]] = minutes / run.args["num_envs"]
+            table[MINUTES[1]] = minutes
+        yield table
 
 
-def read_runs_long(runs: list[Run]) -> tuple[pd.DataFrame, list[str]]:
-    """All runs in long form under the names of their cells, and what keeps others from being of one."""
-    frames, reasons, keys = [], [], ["exp_name", "env_name", "seed"]
+def read_runs_long(runs: list[Run]) -> tuple[list[pd.DataFrame], dict[str, str]]:
+    """A table a run, named as the cell that it is of or by its exp_name; and what keeps runs from being of a cell."""
+    tables = []
+    reasons = {}
     for run in runs:
-        near = [cell for cells in SUITES.values() for cell in cells]
-        near = [cell for cell in near if (cell.script, cell.env_id) == (run.args["script"], run.args["env_id"])]
-        names = {name_of(cell) for cell in near if is_of(run, cell)}
-        if not names:
-            other = min((other_arguments(run, cell) for cell in near), key=len, default=["script", "env_id"])
-            reasons.append(f"{run.folder.name}: {', '.join(f'{name} {run.args.get(name)}' for name in other)}")
-        rows = read_run(run).assign(env_name=run.args["env_id"], run=run.folder.name)
-        frames += [rows.assign(exp_name=name) for name in names or {run.args["exp_name"]}]
-    data = pd.concat(frames)
-    ends = data[data.metric == "avg_return"].groupby([*keys, "run"], sort=False).env_step.max().reset_index()
-    furthest = ends.sort_values("env_step", kind="stable").drop_duplicates(keys, keep="last")  # of two runs of a seed
-    dropped = {run.folder.name for run in runs} - {*furthest.run}
-    reasons += [f"{name}: another run of its name and seed got further" for name in sorted(dropped)]
-    return data.merge(furthest[[*keys, "run"]])[COLUMNS], reasons
+        name = None
+        nearest = ["script", "env_id"]
+        for (cell_name, env_id), (cell, _) in CELLS.items():
+            if env_id == run.args["env_id"] and is_of(run, cell):
+                name = cell_name
+            elif env_id == run.args["env_id"]:
+                nearest = min(nearest, other_arguments(run, cell), key=lambda names: (names[0] == "script", len(names)))
+        if name is None:
+            reasons[run.folder.name] = ", ".join(f"{argument} {run.args.get(argument)}" for argument in nearest)
+        named = {"exp_name": name or run.args["exp_name"], "env_name": run.args["env_id"], "source": run.folder.name}
+        tables.append(read_run(run).assign(**named))
+    return tables, reasons
 
 
-# Tables and figures, from curves: (exp_name, env_name, metric) -> env_steps down, seeds across.
+OLD_NAMES = {  # of benchmark/results
+    "AMS, no NTD, no noise": "LayerNorm alone",
+    "AMS, no NTD": "LayerNorm + TD3's noise",
+    "AMS, no LayerNorm": "AMS without LayerNorm",
+    "AMS, radius 0.7": "AMS radius 0.7",
+    "AMS, radius 1.4": "AMS radius 1.4",
+    "PAVE, geometry rows 25": "PAVE, a quarter of the rows",
+}
+
+
+def todays_name(exp_name: str) -> str:
+    """AMS-TD3, no LayerNorm@H200 -> AMS without LayerNorm on TD3@H200; but for @4e9ebee on TD3, which counts as ours.
+
+    TD3's update is the same to the last bit since that commit.
+    """
+    name, at, mark = exp_name.partition("@")
+    old = re.fullmatch(r"(\w+)-(TD3|SAC)(.*)", name)
+    if old:
+        variant = old[1] + old[3]
+        name = f"{OLD_NAMES.get(variant, variant)} on {old[2]}"
+    if mark == "4e9ebee" and name.endswith("TD3"):
+        return name
+    return name + at + mark
+
+
+def read_csvs(paths: list[Path]) -> pd.DataFrame:
+    """The CSVs of an earlier report, also those from before num_envs was a column."""
+    data = pd.concat(map(pd.read_csv, paths), ignore_index=True).reindex(columns=COLUMNS)
+    earlier = data.exp_name.str.endswith("@4e9ebee")
+    data["source"] = np.where(earlier, "CSVs of 4e9ebee", "CSVs")
+    data["exp_name"] = data.exp_name.map(todays_name)
+    num_envs = {env_id: args.num_envs for (_, env_id), (_, args) in CELLS.items()}  # one protocol an environment
+    data["num_envs"] = data.num_envs.fillna(data.env_name.map(num_envs)).fillna(1)
+    return data
+
+
+def furthest(data: pd.DataFrame) -> pd.DataFrame:
+    """Of several sources of a method, environment and seed the one that got furthest, the first of equals."""
+    ends = data.groupby([*KEYS, "source"], sort=False).env_step.max().reset_index()
+    best = ends.sort_values("env_step", ascending=False, kind="stable").drop_duplicates(KEYS)
+    return data.merge(best[[*KEYS, "source"]])
+
+
+def paper_figures() -> dict[tuple, str]:
+    """(method, env_id, metric, step or None) -> the papers' figures as printed, with their deviation."""
+    figures = {}
+    for row in pd.read_csv(PAPER, dtype=str, keep_default_na=False).to_dict("records"):
+        if row["env_id"] == "Pendulum-v1" and row["metric"] in GEOMETRY:
+            continue  # PAVE_NOTE says why
+        step = int(row["step"]) if row["step"] else None
+        deviation = f" ± {row['deviation']}" if row["deviation"] else ""
+        figures.setdefault((row["name"], row["env_id"], row["metric"], step), row["value"] + deviation)
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+# (exp_name, env_name, metric) -> vector steps down, seeds across
 Curves = dict[tuple[str, str, str], pd.DataFrame]
 
 
 def curves_of(data: pd.DataFrame) -> Curves:
+    data = data.assign(step=(data.env_step / data.num_envs).astype(int), value=data.value.astype(float))
     groups = data.groupby(["exp_name", "env_name", "metric"])
-    return {key: rows.pivot_table(index="env_step", columns="seed", values="value") for key, rows in groups}
+    return {key: rows.pivot_table(index="step", columns="seed", values="value") for key, rows in groups}
 
 
-def interval(scores: np.ndarray, statistic: Callable) -> np.ndarray:
-    """The 95 % interval [2, T] of statistic [T] of scores [seeds, 1, T], by rliable's stratified bootstrap."""
-    np.random.seed(0)  # it draws from NumPy's generator: the same report twice
-    return rliable.get_interval_estimates({"": scores}, statistic, reps=2000)[1][""]
+def last_step(curves: Curves, name: str, env_id: str, metric: str) -> int | None:
+    """The step with the most seeds x steps: runs on their way do not hide those that are through."""
+    if metric in TRAINING:
+        metric = "avg_return"
+    curve = curves.get((name, env_id, metric))
+    if curve is None:
+        return None
+    return int((curve.notna().sum(axis=1) * curve.index).idxmax())
 
 
-def iqm(scores: np.ndarray) -> np.ndarray:
-    """Interquartile mean [T] over the seeds of scores [seeds, 1, T]: rliable's, for all T at once."""
-    cut, ordered = len(scores) // 4, np.sort(scores[:, 0], 0)
-    return ordered[cut : len(ordered) - cut].mean(0)
-
-
-class Row(NamedTuple):
-    method: str
-    name: str
-    env_id: str
-    num_envs: int
-    total: int | None  # vector steps of the protocol
-
-    def last_step(self, curves: Curves, metric: str) -> int:
-        """The step with the most seeds x steps: runs on their way do not hide those that are through."""
-        curve = curves[self.name, self.env_id, metric if metric in (*GEOMETRY, *SHIFT) else "avg_return"]
-        return int((curve.notna().sum(axis=1) * curve.index).idxmax())
-
-    def values(self, curves: Curves, metric: str, step: int | None = None) -> pd.Series:
-        """By seed, at a step or the last one; of what training logs, means over the last tenth of the run."""
-        if (curve := curves.get((self.name, self.env_id, metric))) is None:
-            return pd.Series(dtype=float)
-        at = self.last_step(curves, metric) if step is None else step
-        window = curve[(curve.index > 0.9 * at) & (curve.index <= at)] if metric in TRAINING else curve[curve.index == at]
-        return window.mean().dropna()
-
-
-def rows_of(table: Table, curves: Curves) -> list[Row]:
-    """The rows of the environments that have a run."""
-    has_run = {key[:2] for key in curves if key[2] == "avg_return"}
-    named = [(name_of(cell), cell) for suite, cells in SUITES.items() if table.suite in (suite, "") for cell in cells]
-    if not table.suite:
-        others = sorted(has_run - {(name, cell.env_id) for name, cell in named}, key=lambda key: key[::-1])
-        return [Row(name, name, env_id, 1, None) for name, env_id in others]
-    live = {env_id for name, env_id in has_run if env_id in (table.steps or [env_id])}
-    live &= {cell.env_id for name, cell in named if (name, cell.env_id) in has_run}
-    named = [(name, cell, cell_args(cell)) for name, cell in named if cell.env_id in live]
-    return [Row(cell.method, name, cell.env_id, args.num_envs, args.total_timesteps) for name, cell, args in named]
-
-
-def label_of(metric: str) -> str:
-    return (metric if metric == "M_sup" else metric.replace("_", " ")) + BETTER.get(metric, "")
+def values_at(curves: Curves, name: str, env_id: str, metric: str, step: int | None) -> pd.Series:
+    """By seed; of what training logs, means over the last tenth of the run."""
+    curve = curves.get((name, env_id, metric))
+    if curve is None or step is None:
+        return pd.Series(dtype=float)
+    if metric in TRAINING:
+        return curve[(curve.index > 0.9 * step) & (curve.index <= step)].mean().dropna()
+    return curve[curve.index == step].mean().dropna()
 
 
 def number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.3g}"
 
 
-def text_of(row: Row, table: Table, metric: str, step: int | None, curves: Curves) -> str:
-    """Mean, deviation and, over seeds, 95 % interval of the mean; empty without a run."""
-    values = row.values(curves, metric, step)
-    if values.empty:
+def with_interval(mean: float, bounds: np.ndarray | None) -> str:
+    if bounds is None:
+        return number(mean)
+    return f"{number(mean)}<br><small>[{number(bounds[0])}, {number(bounds[1])}]</small>"
+
+
+def label_of(metric: str) -> str:
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def table_html(section: Section, places: list[tuple], metrics: tuple[str, ...], curves: Curves, paper: dict) -> str:
+    """Ours beside the paper's; places: (method, env_id) of the rows."""
+    order = ["environment", "method"]
+    for metric in metrics:
+        order += [label_of(metric), paper_label(metric)]
+    order += ["seeds", "steps"]
+    rows = []
+    for name, env_id in places:
+        row = {}
+        seeds = 0
+        for metric in metrics:
+            step = last_step(curves, name, env_id, metric)
+            values = values_at(curves, name, env_id, metric, step)
+            if values.empty:
+                continue
+            row[label_of(metric)] = with_interval(values.mean(), interval(values))
+            seeds = max(seeds, len(values))  # older runs log one training return for all
+            row["seeds"] = str(seeds)
+            row["steps"] = steps_text(name, env_id, step)
+            printed = paper.get((name, env_id, metric, None))
+            if printed:
+                row[paper_label(metric)] = f'<span class="paper">{printed}</span>'
+        if row:
+            rows.append({"environment": html.escape(env_id), "method": html.escape(shown(name, section)), **row})
+    return as_html(rows, order)
+
+
+def paper_label(metric: str) -> str:
+    return "paper's " + label_of(metric).rstrip(" ↑↓")
+
+
+def steps_text(name: str, env_id: str, step: int) -> str:
+    _, args = CELLS.get((name, env_id), (None, None))
+    if args and step < args.total_timesteps:
+        return f"{step:,} of {args.total_timesteps:,}"
+    return f"{step:,}"
+
+
+def as_html(rows: list[dict[str, str]], order: list[str]) -> str:
+    """order: of the columns; those that no row has are left out."""
+    if not rows:
         return ""
-    variance = values.var(ddof=0)
-    if table.suite.startswith("pave"):
-        variance += row.values(curves, f"{metric}_sd", step).pow(2).sum() / len(values)
-    text = number(values.mean()) + (f" ± {number(variance**0.5)}" if variance else "")
-    if len(values) == 1:
-        return text
-    low, high = interval(values.to_numpy()[:, None, None], lambda scores: scores.mean((0, 1))).ravel()
-    return f"{text}<br><small>[{number(low)}, {number(high)}]</small>"
+    frame = pd.DataFrame(rows)
+    frame = frame[[column for column in order if column in frame]]
+    return frame.set_index(["environment", "method"]).to_html(escape=False, na_rep="", border=0)
 
 
-def table_lines(table: Table, rows: list[Row], curves: Curves, printed: dict) -> list[list[str]]:
-    """Header and lines of a table; a line of one word begins an environment. Empty where there is nothing of ours."""
-    env_ids = dict.fromkeys(row.env_id for row in rows)
-    places = [(env_id, step) for env_id in env_ids for step in table.steps.get(env_id, (None,))]
-    entries = [(row, step) for env_id, step in places for row in rows if row.env_id == env_id]
-    columns = []
-    for metric in table.metrics:
-        mine = [text_of(row, table, metric, step, curves) for row, step in entries]
-        paper = [printed.get((table.suite, row.method, row.env_id, metric, step), "") for row, step in entries]
-        if any(mine):
-            columns.append([label_of(metric), *mine])
-            columns += [["paper", *paper]] if any(paper) else []
-    if not columns:
-        return []
-    header, *cells = zip(*columns)
-    lines, names = [["", *header, "seeds x episodes", "steps"]], [row.name for row, _ in entries]
-    for (row, step), line in zip(entries, cells):
-        place = [row.env_id if step is None else f"{row.env_id}, step {step:,}"]
-        lines += [] if place in lines else [place]
-        variant = f" ({row.method.split(':')[-1].replace('_', ' ')})" if ":" in row.method and names.count(row.name) > 1 else ""
-        counted = ["not measured" if (row.name, row.env_id, "avg_return") in curves else "no run", ""]
-        first = SCORES[0] if table.metrics[0] in TRAINING else table.metrics[0]
-        if len(values := row.values(curves, first, step)):
-            at = row.last_step(curves, first) if step is None else step
-            of_total = f" of {row.total:,}" if row.total and not step and at < row.total * row.num_envs else ""
-            episodes = row.values(curves, "episodes", at)[values.index].max()
-            counted = [f"{len(values)} x {episodes:.0f}", f"{at // row.num_envs:,}{of_total}"]
-        lines.append([row.name + variant, *line, *counted])
-    return lines
+def summary_html(sections: list[tuple[Section, list[tuple]]], curves: Curves) -> str:
+    """What each method changes against its base, seed by seed."""
+    metrics = ("avg_return", "training_return", "smoothness")
+    rows = []
+    for section, places in sections:
+        for name, env_id in places:
+            row = {}
+            for metric in metrics:
+                steps = [last_step(curves, method, env_id, metric) for method in (name, section.base)]
+                if name == section.base or None in steps:
+                    continue
+                ours = values_at(curves, name, env_id, metric, min(steps))
+                base = values_at(curves, section.base, env_id, metric, min(steps))
+                found = paired_difference(ours, base)
+                if found:
+                    mean, bounds, seeds = found
+                    row[label_of(metric)] = with_interval(mean, bounds)
+                    row.setdefault("seeds", str(seeds))
+                    row.setdefault("steps", f"{min(steps):,}")
+            if row:
+                versus = html.escape(f"{name}, less {section.base}")
+                rows.append({"environment": html.escape(env_id), "method": versus, **row})
+    return as_html(rows, ["environment", "method", *map(label_of, metrics), "seeds", "steps"])
 
 
-def colours_of(names: list[str]) -> dict[str, str]:
-    others, known = cycle(OTHER_COLOURS), {name: COLOURS.get(name, COLOURS.get(name.split("-")[0])) for name in names}
-    return {name: next(others) if colour is None or "," in name else colour for name, colour in known.items()}
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each; a method of the tables has the same one in all figures, unless another one there has it."""
+    colours = {}
+    names = list(dict.fromkeys(names))
+    for order in (PAVE_ORDER, AMS_ORDER):
+        for name, colour in zip(order, COLOURS):
+            if name in names and colour not in colours.values():
+                colours.setdefault(name, colour)
+    free = [colour for colour in COLOURS if colour not in colours.values()]
+    for name in names:
+        if name not in colours:
+            colours[name] = free.pop(0)
+    return colours
 
 
 def save_figure(path: Path, axis: plt.Axes, title: str) -> Path:
-    figure, handles = axis.figure, dict(zip(*axis.get_legend_handles_labels()[::-1]))
-    columns = 1 if max(map(len, handles)) > 22 else 2
-    figure.set_size_inches(4.6, 3.5 + 0.2 * len(handles) / columns)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure = axis.figure
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    columns = 1 if max(map(len, unique)) > 22 else 2
+    figure.set_size_inches(4.6, 3.5 + 0.2 * len(unique) / columns)
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=columns, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title)
+    axis.set_title("\n".join(textwrap.wrap(title, 45)))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
 
-def curve_figure(path: Path, title: str, label: str, lines: list[tuple], ends: dict, log: bool) -> Path:
-    """lines: (name, colour, dashes, curve): IQM over seeds with its 95 % interval. ends: the paper's final values, or None."""
+class Line(NamedTuple):
+    name: str
+    colour: str
+    curve: pd.DataFrame  # vector steps down, seeds across
+    paper: dict[int, str]  # its figures, by step
+    dashes: str = "-"
+
+
+def curve_figure(path: Path, title: str, metric: str, lines: list[Line]) -> Path:
+    """The interquartile mean over seeds and, of three or more, its 95 % interval."""
     _, axis = plt.subplots(layout="constrained")
-    for name, colour, dashes, curve in lines:
-        curve = curve.loc[1:]  # without the untrained policy, which would fill the panel
-        curve = curve.loc[:, curve.loc[(curve.notna().sum(axis=1) * curve.index).idxmax()].notna()].dropna()
-        scores = curve.T.to_numpy()[:, None, :]
-        axis.plot(curve.index / 1000, iqm(scores), color=colour, ls=dashes, label=name, lw=1.6, marker=".")
-        if len(scores) > 1:
-            axis.fill_between(curve.index / 1000, *interval(scores, iqm), color=colour, alpha=0.2, lw=0)
-    for colour, end in ends.items():
-        if end:
-            at_edge = {"transform": axis.get_yaxis_transform(), "clip_on": False}
-            axis.plot(1, float(end.split()[0]), "D", color=colour, mfc="none", label="paper, at its end", **at_edge)
-    axis.set(xlabel="environment steps (thousands)", ylabel=label, yscale="log" if log else "linear")
+    for line in lines:
+        curve = line.curve.loc[1:]  # without the untrained policy, which would fill the panel
+        furthest_step = (curve.notna().sum(axis=1) * curve.index).idxmax()
+        is_whole = curve.loc[furthest_step].notna() & (curve.notna().mean() > 0.5)  # seeds that got there, by all steps
+        curve = curve.loc[:, is_whole].dropna()
+        scores = curve.T.to_numpy()
+        thousands = curve.index / 1000
+        label = f"{line.name}, {counted(len(scores), 'seed')}"
+        axis.plot(
+            thousands, interquartile_mean(scores), line.dashes, color=line.colour, label=label, lw=1.6, marker="."
+        )
+        band = interval(scores, interquartile_mean, reps=300)  # as fine as it is drawn
+        if band is not None:
+            axis.fill_between(thousands, *band, color=line.colour, alpha=0.2, lw=0)
+        for step, printed in line.paper.items():
+            value = float(printed.split()[0])
+            axis.plot(step / 1000, value, "D", color=line.colour, mfc="none", clip_on=False)
+    if any(line.paper for line in lines):
+        axis.plot([], [], "D", color="#777777", mfc="none", label="paper")
+    is_logarithmic = metric in ("M_sup", *STABILITY[:2])
+    axis.set(xlabel="vector steps (thousands)", ylabel=label_of(metric), yscale="log" if is_logarithmic else "linear")
     return save_figure(path, axis, title)
 
 
-def plane_figure(path: Path, rows: list[Row], table: Table, curves: Curves, printed: dict) -> Path:
-    """Return against smoothness, means: up and to the left is better."""
+def paper_points(name: str, env_id: str, metric: str, curve: pd.DataFrame, paper: dict) -> dict[int, str]:
+    """The paper's figures at the steps that they belong to, as far as our runs go."""
+    if metric == "critic_grad_norm":
+        return {}  # AMS_NOTE says why
+    _, args = CELLS.get((name, env_id), (None, None))
+    points = {}
+    for (method, environment, quantity, step), printed in paper.items():
+        if args and (method, environment, quantity) == (name, env_id, metric):
+            at = step or args.total_timesteps
+            if at <= curve.index[-1]:
+                points.setdefault(at, printed)
+    return points
+
+
+def plane_figure(path: Path, section: Section, names: list[str], env_id: str, curves: Curves) -> Path:
+    """Return less the seed's own base against smoothness, with intervals: up and to the left is better."""
     _, axis = plt.subplots(layout="constrained")
-    for row, colour in zip(rows, colours_of([row.name for row in rows]).values()):
-        metrics = ("smoothness", "avg_return")
-        theirs = [printed.get((table.suite, row.method, row.env_id, metric, None)) for metric in metrics]
-        if all(theirs):
-            point = [float(value.split()[0]) for value in theirs]
-            axis.plot(*point, "o", ms=8, mfc="none", color=colour, label=f"{row.name}, paper")
-        if len(row.values(curves, "avg_return")):
-            axis.plot(*(row.values(curves, metric).mean() for metric in metrics), "o", ms=8, color=colour, label=row.name)
-    axis.set(xlabel="smoothness (lower is smoother)", ylabel="return")
-    return save_figure(path, axis, rows[0].env_id)
+    colours = colours_of(shown(name, section) for name in names)
+    for name in names:
+        step = last_step(curves, name, env_id, "avg_return")
+        returns = values_at(curves, name, env_id, "avg_return", step)
+        smoothness = values_at(curves, name, env_id, "smoothness", step)
+        less_base = (returns - values_at(curves, section.base, env_id, "avg_return", step)).dropna()
+        if less_base.empty:
+            continue
+        label = shown(name, section)
+        colour = colours[label]
+        x = smoothness.mean()
+        y = less_base.mean()
+        axis.plot(x, y, "o", ms=7, color=colour, label=f"{label}, {counted(len(less_base), 'seed')}")
+        x_bounds = interval(smoothness)
+        y_bounds = interval(less_base)
+        if x_bounds is not None and y_bounds is not None:
+            axis.plot(x_bounds, [y, y], color=colour, lw=1.2)
+            axis.plot([x, x], y_bounds, color=colour, lw=1.2)
+    axis.axhline(0, color="#777777", lw=0.8, zorder=0)
+    base = shown(section.base, section)
+    axis.set(xlabel="smoothness (lower is smoother)", ylabel=f"return less {base}'s, seed by seed")
+    return save_figure(path, axis, env_id)
 
 
-def figures(table: Table, rows: list[Row], curves: Curves, printed: dict, peers: Curves, folder: Path) -> Iterator[Path]:
-    """A panel a file, so that a narrow page shows one beside the other or one below the other."""
-    for env_id in dict.fromkeys(row.env_id for row in rows):
-        here = list({row.name: row for row in rows if row.env_id == env_id}.values())
-        colours = colours_of([row.name for row in here] + [name for name, _, _ in peers])
-        for row in here if table.metrics == SHIFT else ():  # a method a panel: its metrics are what is to be compared
-            found = [(label_of(metric), curves.get((row.name, env_id, metric))) for metric in SHIFT]
-            if found[0][1] is not None and len(found[0][1]) > 1:
-                lines = [(label, colour, "-", curve) for (label, curve), colour in zip(found, OTHER_COLOURS)]
-                path = folder / f"{table.name}_{row.name.replace(', ', '_').replace(' ', '_')}.png"
-                yield curve_figure(path, f"{row.name}, {env_id}", "value", lines, {}, True)
-        for metric in () if table.metrics == SHIFT else table.metrics:
-            found = [(row, curves.get((row.name, env_id, metric))) for row in here]
-            found = [(row, curve) for row, curve in found if curve is not None and len(curve) > 1]
-            if not found or metric in MINUTES:
+def shift_figure(path: Path, section: Section, names: list[str], env_id: str, curves: Curves) -> Path:
+    """The shift of AMS's target against its radius, a panel a method, a dot a seed; clipped and unclipped."""
+    width = 2.6 * len(names) + 1.2
+    figure, axes = plt.subplots(1, len(names), figsize=(width, 3.4), sharey=True, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names):
+        step = last_step(curves, name, env_id, "unclipped_shift_radius_0.2")
+        for prefix, colour, label in (("", "#CC3311", "clipped to the box"), ("unclipped_", "#0077BB", "unclipped")):
+            metrics = [f"{prefix}shift_radius_{radius}" for radius in RADII]
+            shifts = pd.DataFrame([values_at(curves, name, env_id, metric, step) for metric in metrics], index=RADII)
+            for _, seed in shifts.items():
+                axis.plot(RADII, seed.abs(), ".", color=colour)
+            axis.plot(RADII, shifts.mean(axis=1).abs(), color=colour, label=label)
+            axis.plot(RADII, shifts.mean(axis=1).where(lambda mean: mean < 0).abs(), "x", color=colour, ms=8)
+            if not prefix:
+                start = abs(shifts.mean(axis=1).iloc[0])
+        for slope, dashes in ((1, ":"), (2, "--")):
+            guide = start * (np.array(RADII) / RADII[0]) ** slope
+            axis.plot(RADII, guide, dashes, color="#777777", lw=1, label=f"slope {slope}")
+        axis.set(xscale="log", yscale="log", xlabel="radius", xticks=RADII, xticklabels=map(str, RADII))
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+        title = f"{shown(name, section)}, {counted(shifts.shape[1], 'seed')}, {step:,} vector steps"
+        axis.set_title("\n".join(textwrap.wrap(title, 28)), fontsize=9)
+    axes[0, 0].set_ylabel("shift of the target, |Q(mu) - mean|")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(names) == 1 else 4, frameon=False)
+    figure.suptitle("\n".join(textwrap.wrap(f"{env_id}; a cross: below 0", 60)), fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def figures(
+    section: Section, places: list[tuple], curves: Curves, paper: dict, peers: Curves, folder: Path
+) -> Iterator[Path]:
+    """A panel a file, so that a narrow page shows one below the other."""
+    for env_id in dict.fromkeys(env_id for _, env_id in places):
+        names = [name for name, environment in places if environment == env_id]
+        prefix = file_name(f"{section.name}_{env_id}")
+        rivals = [name for name, environment, _ in peers if environment == env_id]
+        colours = colours_of([*(shown(name, section) for name in names), *rivals])
+        for metric in [metric for table in section.tables for metric in table]:
+            if metric in (*MINUTES, *SHIFT):
                 continue
-            lines = [(row.name, colours[row.name], "-", curve) for row, curve in found]
-            longest = max(curve.index[-1] for _, curve in found)
-            rivals = [(name, curve.loc[:longest]) for (name, env, m), curve in peers.items() if (env, m) == (env_id, metric)]
-            lines += [(name, colours[name], "--", curve) for name, curve in rivals if len(curve) > 1]
-            ends = {colours[row.name]: printed.get((table.suite, row.method, env_id, metric, None)) for row, _ in found}
-            path = folder / f"{table.name}_{env_id}_{metric}.png"
-            yield curve_figure(path, env_id, label_of(metric), lines, ends, metric in LOGARITHMIC)
-        if table.suite and "smoothness" in table.metrics:
-            yield plane_figure(folder / f"{table.name}_{env_id}_plane.png", here, table, curves, printed)
+            lines = []
+            for name in names:
+                curve = curves.get((name, env_id, metric))
+                if curve is not None and len(curve.loc[1:]):
+                    label = shown(name, section)
+                    points = paper_points(name, env_id, metric, curve, paper)
+                    lines.append(Line(label, colours[label], curve, points))
+            if not any(len(line.curve.loc[1:]) > 1 for line in lines):
+                continue
+            longest = max(line.curve.index[-1] for line in lines)
+            for name in rivals:
+                curve = peers.get((name, env_id, metric), pd.DataFrame()).loc[:longest]
+                if len(curve) > 1:
+                    lines.append(Line(name, colours[name], curve, {}, "--"))
+            yield curve_figure(folder / f"{prefix}_{metric}.png", env_id, metric, lines)
+        smooth = [name for name in names if (name, env_id, "smoothness") in curves]
+        if section.base in smooth and "smoothness" in section.tables[0]:
+            yield plane_figure(folder / f"{prefix}_plane.png", section, smooth, env_id, curves)
+        shifted = [name for name in names if (name, env_id, "unclipped_shift_radius_0.05") in curves]
+        if shifted:
+            yield shift_figure(folder / f"{prefix}_shift.png", section, shifted, env_id, curves)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 @dataclass
@@ -395,35 +557,53 @@ class Options:
             raise ValueError(f"no runs: {', '.join(map(str, missing or self.runs))}")
 
 
+def read_peers(paths: tuple[Path, ...]) -> Curves:
+    if not paths:
+        return {}
+    data = pd.concat(map(pd.read_csv, paths)).query("metric == 'avg_return'")
+    env_names = data.env_name.str.removesuffix("-v0").str.removesuffix("_simple")  # HumanoidBench's
+    return curves_of(data.assign(env_name=env_names, num_envs=1))
+
+
 def main(options: Options) -> None:
-    runs, printed = runs_in(options.runs), paper_values()
-    data, reasons = read_runs_long(runs) if runs else (None, [])
-    data = pd.concat([data, *(pd.read_csv(path) for path in options.runs if path.suffix == ".csv")])[COLUMNS].drop_duplicates()
-    curves, peers = curves_of(data), {}
-    if options.peers:
-        theirs = pd.concat(map(pd.read_csv, options.peers)).query("metric == 'avg_return'")
-        names = theirs.env_name.str.removesuffix("-v0").str.removesuffix("_simple")  # HumanoidBench's
-        peers = curves_of(theirs.assign(env_name=names))
+    runs = runs_in(options.runs)
+    tables, reasons = read_runs_long(runs)
+    files = [path for path in options.runs if path.suffix == ".csv"]
+    if files:
+        tables.append(read_csvs(files))
+    data = furthest(pd.concat(tables))
+    for run in runs:
+        if run.folder.name not in set(data.source):
+            reasons[run.folder.name] = "another run of its method and seed got further"
+    curves = curves_of(data)
+    peers = read_peers(options.peers)
+    paper = paper_figures()
     options.output.mkdir(parents=True, exist_ok=True)
-    surfaces, sections, text = sorted(options.output.glob("surface_*.png")), [], ["# smoothq: ours beside the papers'", ""]
-    for table in TABLES:
-        rows = rows_of(table, curves)
-        if not (lines := table_lines(table, rows, curves, printed)):
-            continue
-        keep = data.env_name.isin({row.env_id for row in rows}) & data.exp_name.isin({row.name for row in rows})
-        keep &= data.metric.str.removesuffix("_sd").isin({*table.metrics, "avg_return", "episodes"})
-        data[keep].to_csv(options.output / f"{table.name}.csv", index=False, float_format="%.6g")
-        paths = list(figures(table, rows, curves, printed, peers, options.output))
-        paths += [path for path in surfaces if table.name == f"pave_geometry_{path.stem[-3:]}"]
+
+    sections = []
+    for section in SECTIONS:
+        names = names_of(section) or sorted(set(data.exp_name) - {name for name, _ in CELLS})
+        env_ids = sorted(set(data.env_name))
+        places = [(name, env_id) for env_id in env_ids for name in names if (name, env_id, "avg_return") in curves]
+        if places:
+            sections.append((section, places))
+    summary = summary_html(sections, curves)
+
+    page = []
+    for section, places in sections:
+        rows = data[[place in places for place in zip(data.exp_name, data.env_name)]]
+        rows[COLUMNS].to_csv(options.output / f"{section.name}.csv", index=False, float_format="%.6g")
+        found = [table_html(section, places, metrics, curves, paper) for metrics in section.tables]
+        paths = list(figures(section, places, curves, paper, peers, options.output))
+        if section.name.startswith("pave"):
+            paths += sorted(options.output.glob(f"surface_*_{section.scripts[0]}.png"))  # geometry.py's
         images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
-        sections.append((table, lines, images))
-        markdown = [line if len(line) > 1 else [f"**{line[0]}**"] for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])]
-        text += [f"## {table.title}", "", " ".join(table.note.split()), "", *(f"| {' | '.join(line)} |" for line in markdown)]
-        text += ["", *(f"![{path.stem}]({path.name})" for path in paths), ""]
-    (options.output / "report.md").write_text("\n".join(text))
+        page.append((section, found, images))
     template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html.jinja").read_text())
-    (options.output / "report.html").write_text(template.render(sections=sections, runs=runs, reasons=reasons))
-    print(f"{len(runs)} runs, {len(sections)} tables: {options.output / 'report.html'}")
+    number_of_runs = counted(len(runs), "run")
+    text = template.render(runs=number_of_runs, summary=summary, sections=page, reasons=reasons)
+    (options.output / "report.html").write_text(text)
+    print(f"{number_of_runs}, {counted(len(page), 'section')}: {options.output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@
     python benchmark/speed.py --profile "td3_ams.py --env-id dog-run"      # where an iteration's time goes
 
 A command is a Python script with its flags, from the repository's root or any other, that prints "step 500/...",
-"global_step=500", a tqdm bar or CleanRL's "SPS:". Every process is held to the same --cores; rounds are interleaved and the
-median counts. The clock runs between the first two such lines at or after --settle and --settle + --steps, so neither start nor
-compilation is in it. The libraries have their own defaults but the same environment, networks (256, 256), batch (256) and one
-update a step. Run it on a machine that does nothing else. Each process's rate is appended to --output as a row.
+"global_step=500", a tqdm bar or CleanRL's "SPS:". Every process is held to the same --cores; rounds are interleaved and
+the median counts. The clock runs between the first two such lines at or after --settle and --settle + --steps, so
+neither start nor compilation is in it. The libraries have their own defaults but the same environment, networks
+(256, 256), batch (256) and one update a step. Run it on a machine that does nothing else. Each process's rate is
+appended to --output as a row.
 """
 
 import csv
@@ -24,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ["--learning-starts", "256", "--log-every", "50", "--eval-episodes", "1", "--eval-every", str(10**9)]
-PEERS = {  # in the peers' folder; LeanRL's --compile fails in today's tensordict, and its policy's actions want a .detach()
+# In the peers' folder; LeanRL's --compile fails in today's tensordict, and its policy's actions want a .detach()
+PEERS = {
     "CleanRL {}": "cleanrl/cleanrl/{}_continuous_action.py --env-id {env_id} --learning-starts 256 --no-cuda",
     "LeanRL {}": "leanrl/leanrl/{}_continuous_action_torchcompile.py --env-id {env_id} --learning-starts 256",
 }
@@ -65,13 +66,16 @@ class Options:
 
 def libraries(options: Options) -> dict[str, str]:
     """The commands by default, with their names."""
-    found, environment = {}, f"--env-id {options.env_id}"
+    found = {}
+    environment = f"--env-id {options.env_id}"
     for algorithm in ("td3", "sac"):
         found[f"smoothq {algorithm}"] = f"baselines/{algorithm}.py {environment}"
         for library in ("stable_baselines3", "sbx"):
             found[f"{library} {algorithm}"] = f"benchmark/speed.py --worker {library}:{algorithm} {environment}"
-        for name, command in PEERS.items() if options.peers else ():
-            found[name.format(algorithm)] = f"{options.peers.resolve()}/{command.format(algorithm, env_id=options.env_id)}"
+        if options.peers:
+            for name, command in PEERS.items():
+                script = command.format(algorithm, env_id=options.env_id)
+                found[name.format(algorithm)] = f"{options.peers.resolve()}/{script}"
     return found
 
 
@@ -90,9 +94,8 @@ def train_peer(options: Options) -> None:
 
     library, algorithm = options.worker.split(":")
     env = gym.make(options.env_id)
-    settings = dict(
-        learning_starts=256, batch_size=256, buffer_size=1_000_000, train_freq=1, gradient_steps=1, learning_rate=3e-4
-    )
+    settings = {"learning_starts": 256, "batch_size": 256, "buffer_size": 1_000_000}
+    settings |= {"train_freq": 1, "gradient_steps": 1, "learning_rate": 3e-4}
     if algorithm == "td3":
         (actions,) = env.action_space.shape
         settings["action_noise"] = NormalActionNoise(np.zeros(actions), np.full(actions, 0.1))
@@ -100,39 +103,59 @@ def train_peer(options: Options) -> None:
     model("MlpPolicy", env, policy_kwargs={"net_arch": [256, 256]}, **settings).learn(10**6, callback=Log())
 
 
+# The step in a line: ours, stable-baselines3's and sbx's; CleanRL's; tqdm's, which is LeanRL's
+STEP = re.compile(r"(?:\bstep |global_step=)(\d+)|(\d+)/\d+ \[")
+
+
 def time_command(command: str, options: Options) -> float:
-    """Vector steps a second of one process, times its --num-seeds; raises SystemExit with its last words if it fails."""
+    """Vector steps a second of one process, times its --num-seeds; SystemExit with its last words if it fails."""
     script, *flags = shlex.split(command)
     path = Path(script) if Path(script).is_absolute() else ROOT / script
     if path.parent.name == "baselines" or path.stem.endswith(("_ams", "_pave")):
         flags = [*OURS, *flags]  # flags given come later and win
-    seeds = int(flags[flags.index("--num-seeds") + 1]) if "--num-seeds" in flags else 1
+    seeds = 1
+    if "--num-seeds" in flags:
+        seeds = int(flags[flags.index("--num-seeds") + 1])
     folders = f"{ROOT}/benchmark{os.pathsep}{options.peers and options.peers.resolve()}/cleanrl"
     environment = {**os.environ, "PYTHONPATH": folders, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled"}
     environment |= {"OMP_NUM_THREADS": str(options.cores), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    first, rate, said, hundreds = None, None, deque(maxlen=1), 0
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, str(path), *flags], cwd=folder, env=environment, **pipes)
+        process = subprocess.Popen(
+            [sys.executable, str(path), *flags],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: options.cores])
         killer = threading.Timer(options.timeout, process.kill)
         killer.start()
+        first_step = None
+        first_time = 0.0
+        hundreds = 0
+        line = ""
         for line in process.stdout:
-            now, match = time.perf_counter(), re.search(r"(?:\bstep |global_step=)(\d+)|(\d+)/\d+ \[", line)  # tqdm's: LeanRL
-            hundreds += line.startswith("SPS:")  # CleanRL's, where gymnasium is newer than its own
-            step = int(match[1] or match[2]) if match else 100 * hundreds * line.startswith("SPS:")
-            said.append(line.strip())
-            if first is None and step >= options.settle:
-                first = step, now
-            elif first and step >= first[0] + options.steps:
-                rate = seeds * (step - first[0]) / (now - first[1])
+            now = time.perf_counter()
+            step = 0
+            match = STEP.search(line)
+            if match:
+                step = int(match[1] or match[2])
+            elif line.startswith("SPS:"):  # CleanRL, where gymnasium is newer than its own: a line every 100 steps
+                hundreds += 1
+                step = 100 * hundreds
+            if first_step is None and step >= options.settle:
+                first_step = step
+                first_time = now
+            elif first_step is not None and step >= first_step + options.steps:
                 break
+        else:  # its output ended
+            process.wait()
+            sys.exit(f"speed.py: {command} ended early: {line.strip()}")
         killer.cancel()
         process.kill()
         process.wait()
-    if rate is None:
-        sys.exit(f"speed.py: {command} ended early: {said}")
-    return rate
+    return seeds * (step - first_step) / (now - first_time)
 
 
 def profile(command: str, options: Options) -> None:
@@ -166,7 +189,9 @@ def main(options: Options) -> None:
                 writer.writerow([name, options.cores, turn, f"{rates[name][-1]:.2f}"])
                 file.flush()
     reference = statistics.median(next(iter(rates.values())))
-    print(f"{options.cores} core(s), vector steps a second times seeds: median (minimum to maximum), ratio to the first")
+    print(
+        f"{options.cores} core(s), vector steps a second times seeds: median (minimum to maximum), ratio to the first"
+    )
     for name, values in rates.items():
         median = statistics.median(values)
         print(f"{median:9.1f} ({min(values):.1f} to {max(values):.1f})  {median / reference:6.2f} x  {name}")

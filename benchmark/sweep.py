@@ -4,9 +4,9 @@
     python benchmark/sweep.py ams-table-3 --seed-list 0 42 123 --address auto --gpus-per-run 0.25
     python benchmark/sweep.py --scripts td3_ams baselines/td3.py --env-ids dog-run --flags="--num-envs 8"
 
-A complete run is skipped and a half-written one goes on, so the same command can be given again after Ctrl-C, a crash or
-a power cut. With --address, --runs-dir must be on a disk that all machines of the cluster share, at the same path. Ray
-retries what a dead worker or machine left, the script resumes it exactly.
+A complete run is skipped and a half-written one goes on, so the same command can be given again after Ctrl-C, a crash
+or a power cut. With --address, --runs-dir must be on a disk that all machines of the cluster share, at the same path.
+Ray retries what a dead worker or machine left, the script resumes it exactly.
 """
 
 import os
@@ -57,7 +57,7 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
-# ----------------------------------------------------------------------------------------------------- what is to be run
+# ---------------------------------------------------------------------------------------------------- what is to be run
 
 
 def select_cells(options: Options) -> list[Cell]:
@@ -179,7 +179,7 @@ def plan(cells: list[Cell], options: Options, runs: list[Run]) -> tuple[list[Tas
     return list(tasks.values()), complete
 
 
-# ----------------------------------------------------------------------------------------------------------- one process
+# ---------------------------------------------------------------------------------------------------------- one process
 
 # Runs a script under a lock, and asks it to save and stop when stdin ends: the worker closed it or died, even killed.
 # (PR_SET_PDEATHSIG signals for every thread of a dying worker, and a script's second SIGTERM ends it unsaved.)
@@ -236,7 +236,7 @@ def work(task: Task, num_threads: int) -> None:
     raise error(f"exit status {script.returncode}: {lines[-1].strip('│ ')}")
 
 
-# ------------------------------------------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------------------------------------- all of them
 
 
 def start_ray(options: Options) -> float:
@@ -282,12 +282,14 @@ def progress(log: str) -> list[str]:
 
     step 500/1000 SPS 12.3 return -3.2 left 00:10, and step 500/1000 eval/return 1.2 eval/smoothness 0.1 ...
     """
-    step = "0"
-    total = "?"
+    lines = re.findall(r"^step (\d+)/(\d+) (.*)$", log, re.M)
+    if not lines:
+        return ["0", "?", "", "", ""]
     latest = {}
-    for step, total, text in re.findall(r"^step (\d+)/(\d+) (.*)$", log, re.M):
+    for _, _, text in lines:
         words = text.split()
         latest |= zip(words[::2], words[1::2])
+    step, total, _ = lines[-1]
     returned = latest.get("eval/return", latest.get("return", ""))
     return [step, total, latest.get("SPS", ""), returned, latest.get("left", "")]
 

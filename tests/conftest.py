@@ -1,7 +1,6 @@
-"""What the tests share: the scripts as modules, a tiny environment, an agent and a batch for it, README.md's code."""
+"""What the tests share: the scripts as modules, a tiny environment, an agent and a batch for it, losses compared."""
 
 import importlib.util
-import re
 import sys
 from types import ModuleType
 
@@ -15,7 +14,6 @@ ALL = [str(path.relative_to(ROOT)) for path in SCRIPTS]
 OFF_POLICY = [path for path in ALL if "ppo" not in path]
 S, B, O, A = 2, 6, 3, 2  # seeds, rows of a batch, sizes of an observation and an action, in make_agent and make_batch
 CPU = torch.device("cpu")
-README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +23,7 @@ def seeded():
 
 @pytest.fixture
 def float64():
-    """Where a closed form is checked, rounding would hide small mistakes."""
+    """For closed forms: rounding would hide a small mistake."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -42,7 +40,7 @@ def load_script(path: str) -> ModuleType:
 
 
 class Brief(gym.Env):
-    """Episodes of 3 steps that terminate and of 4 that are truncated, by turns; the best action is half of the greatest.
+    """Episodes of 3 steps that terminate and of 4 that are truncated, by turns; the best action is half the greatest.
 
     An observation is the episode's parity and the steps since its start.
     """
@@ -52,18 +50,16 @@ class Brief(gym.Env):
     parity = 1
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
         self.parity = 1 - self.parity
         self.steps = 0
         return np.array([self.parity, 0], np.float32), {}
 
     def step(self, action):
         self.steps += 1
-        observation = np.array([self.parity, self.steps], np.float32)
         reward = -float(np.square(action - 1).sum())
         terminated = self.parity == 0 and self.steps == 3
         truncated = self.parity == 1 and self.steps == 4
-        return observation, reward, terminated, truncated, {}
+        return np.array([self.parity, self.steps], np.float32), reward, terminated, truncated, {}
 
 
 gym.register("Brief-v0", Brief)
@@ -76,37 +72,30 @@ def make_args(path: str, **flags):
 
 
 def make_agent(path: str, **flags):
-    """The script's Agent for S seeds; its target networks differ from the trained ones, or no test could tell them apart."""
+    """The script's Agent for S seeds; no target network equals the trained one, or a test could not tell them apart."""
     args = make_args(path, **{"num_seeds": S, "batch_size": B, **flags})
     agent = load_script(path).Agent(args, O, A, CPU)
-    for module in agent.state().values():
-        if isinstance(module, torch.nn.Module):
-            for parameter in module.parameters():
-                if not parameter.requires_grad:
-                    parameter += 0.02 * torch.randn_like(parameter)
+    networks = [module for module in agent.state().values() if isinstance(module, torch.nn.Module)]
+    for parameter in [parameter for network in networks for parameter in network.parameters()]:
+        if not parameter.requires_grad:
+            parameter += 0.02 * torch.randn_like(parameter)
     return agent
 
 
 def make_batch(path: str):
     """Random transitions for make_agent's agent, some of whose actions saturate; every other one terminates."""
-    observations, next_observations, previous_observations = 10 * torch.randn(3, S, B, O)
-    columns = {
-        "observations": observations,
-        "actions": 2 * torch.rand(S, B, A) - 1,
-        "next_observations": next_observations,
-        "previous_observations": previous_observations,
-        "rewards": torch.randn(S, B),
-        "terminations": torch.arange(B).remainder(2).expand(S, B).to(observations),
-    }
-    fields = load_script(path).Batch
-    return fields(**{name: columns[name] for name in fields._fields})
+    batch = load_script(path).Batch
+    observations = {name: 10 * torch.randn(S, B, O) for name in batch._fields if name.endswith("observations")}
+    terminations = torch.arange(B).remainder(2).expand(S, B).float()
+    return batch(
+        actions=2 * torch.rand(S, B, A) - 1, rewards=torch.randn(S, B), terminations=terminations, **observations
+    )
 
 
 def check_loss(loss: torch.Tensor, expected: torch.Tensor, network: torch.nn.Module) -> None:
     """Two losses [S] are the same, and so are their gradients by the network's parameters."""
     assert loss.shape == (S,)
-    torch.testing.assert_close(loss, expected)
-    parameters = list(network.parameters())
     options = {"retain_graph": True, "materialize_grads": True}  # 0 where a loss does not depend on a parameter
-    gradients = torch.autograd.grad(loss.sum(), parameters, **options)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), parameters, **options))
+    gradients = torch.autograd.grad(loss.sum(), network.parameters(), **options)
+    expected_gradients = torch.autograd.grad(expected.sum(), network.parameters(), **options)
+    torch.testing.assert_close([loss, *gradients], [expected, *expected_gradients])

@@ -27,11 +27,11 @@ def definitions(path: Path) -> dict[str, str]:
     return found
 
 
-def shared(path: Path) -> dict[tuple[str, str], str]:
-    """The sources that must be the same everywhere, by name and, for train, by the source of Batch."""
+def shared(path: Path) -> dict[str, str]:
+    """The sources that must be the same everywhere; train goes by the source of Batch too."""
     found = definitions(path)
-    batch = found.get("Batch", "")
-    return {(name, batch if name == "train" else ""): text for name, text in found.items() if name not in OWN}
+    found["train with this " + found.get("Batch", "")] = found.pop("train")
+    return {name: text for name, text in found.items() if name not in OWN}
 
 
 if __name__ == "__main__":
@@ -47,6 +47,6 @@ if __name__ == "__main__":
                 path.write_text(path.read_text().replace(text, original))
             elif text != original:
                 differs = True
-                lines = difflib.unified_diff(original.split("\n"), text.split("\n"), "", str(path), n=1, lineterm="")
-                print(*lines, sep="\n")
+                diff = difflib.unified_diff(original.split("\n"), text.split("\n"), "", str(path), n=1, lineterm="")
+                print(*diff, sep="\n")
     sys.exit(differs)

@@ -1,9 +1,8 @@
-"""What the scripts share, mostly by baselines/td3.py, and what holds for each: seeds apart, acting, compiled as uncompiled."""
+"""What the scripts share, by baselines/td3.py, and what holds for each: acting, seeds apart, compiled as uncompiled."""
 
 import shutil
 import subprocess
 import sys
-from copy import deepcopy
 from functools import partial
 
 import gymnasium as gym
@@ -14,6 +13,12 @@ from conftest import ALL, CPU, OFF_POLICY, ROOT, A, B, Brief, O, S, load_script,
 from torch import nn
 
 td3 = load_script("baselines/td3.py")
+
+
+def weights(agent) -> list[torch.Tensor]:
+    """Of all its networks, targets too, each [S, ...]."""
+    networks = [module for module in agent.state().values() if isinstance(module, nn.Module)]
+    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def test_one_name_one_source():
@@ -30,37 +35,22 @@ def test_every_script_asks_for_what_pyproject_does():
             assert value == project[name], path
 
 
-@pytest.mark.parametrize("out_features", [1, 3])
-def test_linear_is_a_product_for_each_member(out_features):
-    layer = td3.Linear((3, 2), 7, out_features)
-    x = torch.randn(3, 2, 5, 7)
-    for rows in (x, x[:, :1]):  # the second: both twins see the same
-        expected = torch.einsum("stbi,stio->stbo", rows.expand(3, 2, 5, 7), layer.weight) + layer.bias
-        torch.testing.assert_close(layer(rows), expected)
-    weight = td3.Linear((4,), 100, 300).weight
-    assert weight.abs().max() <= 0.1 and weight.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)  # as nn.Linear
-
-
 def test_gradients_have_the_parameters_strides():
     """Adam's fused kernel wants that; autograd gives them others. The norm is each seed's own."""
     layer = td3.Linear((S,), 3, 4)
-    x = torch.randn(S, 5, 4)
-    loss = (x @ layer.weight.mT).square().sum((1, 2)) + layer.bias.mT.sum((1, 2))
-    weight_gradient, bias_gradient = torch.autograd.grad(loss.sum(), [layer.weight, layer.bias], retain_graph=True)
-    assert weight_gradient.stride() != layer.weight.stride()
+    loss = (torch.randn(S, 5, 4) @ layer.weight.mT).square().sum((1, 2)) + layer.bias.sum((1, 2))
+    weight_gradient, bias_gradient = torch.autograd.grad(loss.sum(), layer.parameters(), retain_graph=True)
     norm = td3.set_gradients(loss, layer)
-    assert layer.weight.grad.stride() == layer.weight.stride()
+    assert weight_gradient.stride() != layer.weight.stride() == layer.weight.grad.stride()
     assert torch.equal(layer.weight.grad, weight_gradient) and torch.equal(layer.bias.grad, bias_gradient)
-    flat = torch.cat([weight_gradient.flatten(1), bias_gradient.flatten(1)], 1)
-    torch.testing.assert_close(norm, flat.norm(dim=1))
+    torch.testing.assert_close(norm, torch.cat([weight_gradient, bias_gradient], 1).flatten(1).norm(dim=1))
 
 
 def test_polyak_update():
-    online = td3.Linear((S,), 3, 4)
-    target = td3.Linear((S,), 3, 4)
-    start = deepcopy(target)
+    online, target = [td3.Linear((S,), 3, 4) for _ in range(2)]
+    expected = 0.9 * target.weight.detach() + 0.1 * online.weight
     td3.polyak_update(target, online, 0.1)
-    torch.testing.assert_close(target.weight, 0.9 * start.weight + 0.1 * online.weight)
+    torch.testing.assert_close(target.weight, expected)
     assert target.weight.grad_fn is None  # a history that grew with every update would be a leak
 
 
@@ -90,25 +80,22 @@ def test_replay_keeps_the_newest_steps_and_samples_uniformly(steps, capacity):
 
 def test_a_checkpoint_restores_agent_and_replay(tmp_path):
     """Networks, optimisers and stored transitions: the next update is the same to the bit."""
-    args = make_args("baselines/td3.py", num_seeds=S, batch_size=B, resume=str(tmp_path))
     widths = td3.Batch(observations=O, actions=A, next_observations=O, rewards=1, terminations=1)
-    runs = []
-    for _ in range(2):
-        runs.append((make_agent("baselines/td3.py"), td3.ReplayBuffer(S, 1, widths, 4, CPU)))
-    (agent, replay), (restored_agent, restored_replay) = runs
+    agent, other_agent = [make_agent("baselines/td3.py", resume=str(tmp_path)) for _ in range(2)]
+    replay, other_replay = [td3.ReplayBuffer(S, 1, widths, 4, CPU) for _ in range(2)]
     for _ in range(6):
         replay.add(td3.Batch(*[np.random.randn(S, width) for width in widths]))
     agent.update(replay.sample(B), update_actor=True)
-    rows = [{"step": 7, "return": 1.5}, {"step": 9, "return": 2.5}]
-    td3.save_evaluation(tmp_path, 9, agent, rows)
+    td3.save_evaluation(tmp_path, 9, agent, [{"step": 7, "return": 1.5}, {"step": 9, "return": 2.5}])
     td3.save_checkpoint(tmp_path, 7, agent, replay)
-    assert td3.load_checkpoint(args, restored_agent, restored_replay) == (7, [{"step": "7", "return": "1.5"}])
-    for agent, replay in runs:
+    rows = [{"step": "7", "return": "1.5"}]  # of evaluations up to the checkpoint
+    assert td3.load_checkpoint(other_agent.args, other_agent, other_replay) == (7, rows)
+    step = td3.Batch(*[np.random.randn(S, width) for width in widths])
+    for one, its_replay in ((agent, replay), (other_agent, other_replay)):
         torch.manual_seed(1)
-        agent.update(replay.sample(B), update_actor=True)
-    for name in ("actor", "critic", "target_actor", "target_critic"):
-        one, other = [agent.state()[name].state_dict() for agent, _ in runs]
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        its_replay.add(step)
+        one.update(its_replay.sample(B), update_actor=True)
+    assert all(torch.equal(*pair) for pair in zip(weights(agent), weights(other_agent)))
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 50, 51])
@@ -129,20 +116,18 @@ def test_in_own_units():
 
 
 def test_evaluate_in_the_environments_units():
-    """Actions 0.5, 0, 0.5, ... in [-1, 1] are 1, 0, 1, ... in Brief's +-2; only each environment's first episode counts."""
+    """Actions 0.5, 0, 0.5, ... of [-1, 1] are 1, 0, 1, ... in Brief's +-2; each environment's first episode counts."""
     envs = td3.OneEnv([partial(td3.make_env, "Brief-v0")] * 2, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     envs.envs[1].reset()  # the second environment is an episode ahead
     steps = iter([0.5, 0.0] * 9)
     args = make_args("baselines/td3.py", seed=5, num_envs=4, eval_episodes=1)
     rows = td3.evaluate(lambda _: np.full((2, 2), next(steps), np.float32), envs, args, 1000, Brief.action_space)
-    expected = []
-    for seed, T, total in ((5, 3, -2.0), (6, 4, -4.0)):
-        taken = np.array([[1.0], [0.0], [1.0], [0.0]][:T])
-        row = {"step": 1000, "transitions": 4000, "seed": seed, "episode": 0, "return": total, "length": T}
-        row["smoothness"] = td3.smoothness(taken)
-        row["action_fluctuation"] = pytest.approx((T - 1) / T * 2**0.5)
-        expected.append(row)
-    assert rows == expected
+    common = {"step": 1000, "transitions": 4000, "episode": 0}
+    short = {"seed": 5, "return": -2.0, "length": 3, "action_fluctuation": pytest.approx(2 / 3 * 2**0.5)}
+    long = {"seed": 6, "return": -4.0, "length": 4, "action_fluctuation": pytest.approx(3 / 4 * 2**0.5)}
+    short["smoothness"] = td3.smoothness(np.array([[1.0], [0], [1]]))
+    long["smoothness"] = td3.smoothness(np.array([[1.0], [0], [1], [0]]))
+    assert rows == [common | short, common | long]
 
 
 @pytest.mark.parametrize("path", ALL)
@@ -157,35 +142,32 @@ def test_acting_without_exploration_draws_nothing(path):
 
 @pytest.mark.parametrize("path", OFF_POLICY)
 def test_no_seed_touches_another(path):
-    """Two updates with other data for the second seed: to the bit, the first one's networks are the same, the other's not."""
+    """Other data for the second seed: to the bit, the first one's weights are the same, the other's are not."""
     batch = make_batch(path)
     changed = type(batch)(*[torch.stack([column[0], column[1].flip(0) + 1]) for column in batch])
-    states = []
+    runs = []
     for data in (batch, changed):
         torch.manual_seed(1)
         agent = make_agent(path, autotune=True)
-        agent.update(data, update_actor=False)
-        agent.update(data, update_actor=True)
-        states.append([list(module.parameters()) for module in agent.state().values() if isinstance(module, nn.Module)])
-    for network, other in zip(*states):
-        assert all(torch.equal(one[0], same[0]) for one, same in zip(network, other))
-        assert not all(torch.equal(one[1], moved[1]) for one, moved in zip(network, other))
+        for update_actor in (False, True, True):
+            agent.update(data, update_actor)
+        runs.append(weights(agent))
+    for weight, other_weight in zip(*runs):
+        assert torch.equal(weight[0], other_weight[0]) and not torch.equal(weight[1], other_weight[1])
 
 
 @pytest.mark.filterwarnings("error:.*Dynamo")  # what it cannot trace
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("path", ["baselines/td3.py", "td3_ams.py", "td3_pave.py"])
 def test_compiled_updates_are_the_uncompiled_ones(path):
-    """With the same random numbers, since compile_gradients asks for torch's own on a CPU."""
-    states = []
-    for compiled in (False, True):
+    """With the same random numbers: on a CPU compile_gradients asks for torch's own."""
+    runs = []
+    for compile_agent in (lambda agent: None, lambda agent: agent.compile()):
         torch.manual_seed(1)
         agent = make_agent(path, caps_temporal_weight=0.1)
-        if compiled:
-            agent.compile()
+        compile_agent(agent)
         for step in range(4):
             agent.update(make_batch(path), update_actor=step % 2 == 1)
-        networks = (agent.actor, agent.critic, agent.target_actor, agent.target_critic)
-        states.append(torch.cat([parameter.flatten() for network in networks for parameter in network.parameters()]))
-    torch.testing.assert_close(*states, atol=2e-5, rtol=1e-4)
-    assert not torch.equal(*states)  # its rounding is its own, so it did compile
+        runs.append(torch.cat([weight.flatten() for weight in weights(agent)]))
+    torch.testing.assert_close(*runs, atol=2e-5, rtol=1e-4)
+    assert not torch.equal(*runs)  # its rounding is its own, so it did compile

@@ -1,4 +1,4 @@
-"""Environments of unusual shapes, and some that misbehave: --env-id faulty_envs:Raises-v0, this folder on PYTHONPATH."""
+"""Environments of unusual shapes, and some that misbehave: --env-id faulty_envs:Raises-v0."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ class Point(gym.Env):
 
 
 class Faulty(Point):
-    """After GOOD_STEPS, or at once, fault(observation, reward) -> observation, reward; the second of several is sound."""
+    """After good_steps it is fault(observation, reward) that answers; the second of several is sound."""
 
     def __init__(self, fault, good_steps=GOOD_STEPS):
         super().__init__()
@@ -105,7 +105,10 @@ REFUSED = {  # and why
     "Integer": (partial(Point, Box(0, 10, (1,), np.int64)), "its actions must be a Box of real numbers"),
     "DiscreteInDict": (partial(Point, Dict(arm=TORQUE, grip=Discrete(2))), "its actions must be a Box of real numbers"),
     "Huge": (partial(Point, Box(-1e10, 1e10)), "its actions must be bounded"),
-    "Limitless": (partial(Point, Box(np.finfo(np.float32).min, np.finfo(np.float32).max)), "its actions must be bounded"),
+    "Limitless": (
+        partial(Point, Box(np.finfo(np.float32).min, np.finfo(np.float32).max)),
+        "its actions must be bounded",
+    ),
     "Infinite": (partial(Point, Box(-np.inf, np.inf)), "its actions must be bounded"),
     "Image": (partial(Point, TORQUE, IMAGE), "it observes images"),
     "ImageInDict": (partial(Point, TORQUE, Dict(camera=IMAGE, state=STATE)), "it observes images"),

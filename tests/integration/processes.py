@@ -94,6 +94,8 @@ class Run:
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         sys.argv = self.argv
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore them
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.before()
         runpy.run_path(sys.argv[0], run_name="__main__")
         gc.collect()  # vector environments close here

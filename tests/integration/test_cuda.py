@@ -9,25 +9,25 @@ from conftest import ALL, OFF_POLICY, load_script, make_args
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 METHODS = ["td3_ams.py", "td3_pave.py", "sac_ams.py", "sac_pave.py"]
+SIZES = dict(env_id="Brief-v0", num_envs=1, learning_starts=20, batch_size=32, update_every=1, eval_episodes=1)
+SIZES |= dict(num_steps=50, num_minibatches=4)  # PPO's
 td3 = load_script("baselines/td3.py")
 
 
 def weights(saved: dict) -> dict[str, torch.Tensor]:
     """What actor and critic learn; buffers need not move."""
-    named = {f"{name} {key}": value for name in ("actor", "critic") for key, value in saved[name].items()}
-    return {name: value for name, value in named.items() if name.endswith(("weight", "bias", "log_std"))}
+    named = {f"{network} {name}": saved[network][name] for network in ("actor", "critic") for name in saved[network]}
+    return {name: weight for name, weight in named.items() if name.endswith(("weight", "bias", "log_std"))}
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path_factory):
+def run(monkeypatch, tmp_path):
     """run(path, **changes) -> (folder, checkpoint) of a real run on Brief-v0."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # a run takes over Ctrl-C, which is pytest's
-    small = dict(env_id="conftest:Brief-v0", num_envs=1, learning_starts=20, batch_size=32, update_every=1, num_steps=50)
 
     def run(path: str, **changes) -> tuple[Path, dict]:
-        monkeypatch.chdir(tmp_path_factory.mktemp("run"))
-        load_script(path).train(make_args(path, **small | dict(eval_episodes=1, num_minibatches=4) | changes))
-        folder = Path(changes.get("resume") or next(Path.cwd().glob("runs/*")))
+        load_script(path).train(make_args(path, **SIZES | {"runs_dir": str(tmp_path)} | changes))
+        folder = Path(changes.get("resume") or max(tmp_path.iterdir(), key=lambda folder: folder.stat().st_ctime_ns))
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
         assert all(weight.isfinite().all() for weight in weights(checkpoint).values())
         return folder, checkpoint
@@ -40,8 +40,10 @@ def run(monkeypatch, tmp_path_factory):
 def test_captured_equals_eager(path, run, monkeypatch):
     """Uncompiled, 14 updates: the first three of a kind (with the actor, without) warm up, the others are replays."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    eager, captured = (weights(run(path, num_seeds=2, total_timesteps=34, compile=graphs)[1]) for graphs in (False, True))
-    assert eager.keys() == captured.keys() and all(torch.equal(eager[name], captured[name]) for name in eager)
+    _, eager = run(path, num_seeds=2, total_timesteps=34, compile=False)
+    _, captured = run(path, num_seeds=2, total_timesteps=34, compile=True)
+    for name, weight in weights(eager).items():
+        assert torch.equal(weight, weights(captured)[name]), name
 
 
 @pytest.mark.parametrize("path, seeds", [*((path, 1) for path in ALL), *((path, 5) for path in METHODS)])
@@ -61,22 +63,28 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(path, run, monkeypatch):
     for cuda, total in ((True, 60), (False, 80)):
         _, after = run(path, resume=str(folder), cuda=cuda, compile=cuda, total_timesteps=total)
         assert after["step"] == total and after["critic_optimizer"]["state"][0]["step"] == total - 20
-        assert not any(torch.equal(one, other) for one, other in zip(weights(before).values(), weights(after).values()))
+        for name, weight in weights(before).items():
+            assert not torch.equal(weight, weights(after)[name]), name
         before = after
 
 
-def test_graphs_draw_anew_and_see_the_replay_grow(run):
+def test_graphs_draw_anew_and_see_the_replay_grow():
     """Compiled noise differs at every replay; rows added while the GPU is busy are all there."""
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # the scripts'
-    noise = torch.compile(lambda: torch.randn(8, device="cuda"), options=options)
-    torch.cuda.set_stream(torch.cuda.Stream())
-    replay, draws, newest = td3.ReplayBuffer(1, 2, [1, 1, 1], 100, torch.device("cuda")), [], []
-    captured = td3.capture(lambda _: {"noise": noise(), "rows": replay.sample(4096)[0]})
+    device = torch.device("cuda")
+    noise = td3.compile_gradients(lambda: torch.randn(8, device=device), device)
+    td3.leave_default_stream()
+    ones = td3.Batch(*[1] * len(td3.Batch._fields))  # the widths
+    replay = td3.ReplayBuffer(1, 2, ones, 100, device)
+    update = td3.CapturedUpdate(lambda: {"noise": noise(), "rows": replay.sample(4096).observations})
     torch.cuda._sleep(2_000_000_000)
-    for t in range(12):
-        replay.add(np.full(2, t), np.zeros(2), np.zeros(2))
-        metrics = captured(True)
+    draws = []
+    newest = []
+    for step in range(12):
+        replay.add(td3.Batch(*[np.full(2, step)] * len(td3.Batch._fields)))
+        metrics = update()
         draws.append(metrics["noise"].clone())
         newest.append(metrics["rows"].max())
-    assert torch.stack(newest).tolist() == list(range(12)) and len(torch.stack(draws).unique(dim=0)) == 12
-    assert replay.rows[0, :12, :, 0].flatten().tolist() == [t for t in range(12) for _ in range(2)]
+    assert torch.stack(newest).tolist() == list(range(12))
+    assert len(torch.stack(draws).unique(dim=0)) == 12
+    assert replay.rows[0, :12, :, 0].flatten().tolist() == [step for step in range(12) for _ in range(2)]
+    torch.cuda.set_stream(torch.cuda.default_stream())

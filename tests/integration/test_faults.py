@@ -1,7 +1,6 @@
 """Real faults in real runs: kills, full disks, dead and lying environments, numbers that overflow, damaged checkpoints.
 
-pytest tests/integration/test_faults.py               the fast part, on TD3
-pytest tests/integration/test_faults.py -m slow -s    the full counts, SAC and PPO too; prints what was survived how often
+The fast part is on TD3; -m slow has SAC and PPO too, and more kills.
 """
 
 import io
@@ -16,9 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -31,14 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 TD3, SAC, PPO = "baselines/td3.py", "sac_pave.py", "baselines/ppo.py"
 off_policy = pytest.mark.parametrize("path", [TD3, pytest.param(SAC, marks=pytest.mark.slow)])
-each_script = pytest.mark.parametrize("path", [TD3, *(pytest.param(path, marks=pytest.mark.slow) for path in (SAC, PPO))])
-survived = Counter()  # by fault; one that is not survived fails its test
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    yield
-    print("\n", *(f"{name}: survived {count} times" for name, count in survived.items()), sep="\n")
+each_script = pytest.mark.parametrize(
+    "path", [TD3, *(pytest.param(path, marks=pytest.mark.slow) for path in (SAC, PPO))]
+)
 
 
 def impatient() -> None:
@@ -79,10 +71,10 @@ def check_goes_on(path: str, folder: Path) -> int:
 
 # Kills and signals.
 
-SLOW = [pytest.param(path, times, marks=pytest.mark.slow) for path, times in ((TD3, 12), (SAC, 9), (PPO, 9))]
+MORE = [pytest.param(path, times, marks=pytest.mark.slow) for path, times in ((TD3, 12), (SAC, 9), (PPO, 9))]
 
 
-@pytest.mark.parametrize("path, times", [(TD3, 3), *SLOW])
+@pytest.mark.parametrize("path, times", [(TD3, 3), *MORE])
 def test_sigkill(path, times, tmp_path):
     """One run, killed again and again; every second time while it writes a checkpoint, which it does at every step."""
     chance = random.Random(times)
@@ -100,14 +92,18 @@ def test_sigkill(path, times, tmp_path):
             run.until(lambda: list(cwd.glob("runs/*/*.pt.tmp")))
         os.kill(run.pid, signal.SIGKILL)
         run.wait(-signal.SIGKILL)
-        moment = "while a checkpoint is written" if any(cwd.glob("runs/*/*.pt.tmp")) else "at another moment"
         step = check_goes_on(path, only_run(cwd))
         assert step >= last and set(range(0, step, 25)) <= {row["step"] for row in read_eval(only_run(cwd))}
         last = step
-        survived[f"SIGKILL, {moment}"] += 1
 
 
-SIGNALS = [("SIGTERM", os.kill), ("SIGTERM", os.killpg), ("SIGINT", os.killpg), ("SIGUSR1", os.kill), ("SIGHUP", os.killpg)]
+SIGNALS = [
+    ("SIGTERM", os.kill),
+    ("SIGTERM", os.killpg),
+    ("SIGINT", os.killpg),
+    ("SIGUSR1", os.kill),
+    ("SIGHUP", os.killpg),
+]
 
 
 @each_script
@@ -117,10 +113,9 @@ def test_a_signal_saves(path, number, send, tmp_path):
     run = start(path, tmp_path, save_every=10**6, eval_every=1 if number == "SIGINT" else 10**6)
     run.until(lambda: 40 in run.steps)
     send(run.pid, getattr(signal, number))
-    run.wait(0, timeout=30)
+    run.wait(0, timeout=60)
     assert run.errors.strip() == "saving, then stopping; Ctrl-C again to stop at once"
     assert check_goes_on(path, only_run(tmp_path)) >= run.steps[-1]
-    survived[f"{number} by {send.__name__}"] += 1
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -137,36 +132,30 @@ def test_a_second_signal_stops_at_once(tmp_path):
     run.wait(128 + signal.SIGINT, timeout=5)
     assert contents(tmp_path) == before
     check_goes_on(TD3, only_run(tmp_path))
-    survived["a second SIGINT"] += 1
 
 
-def test_nohup(tmp_path):
-    """A SIGHUP that the user's shell ignores stays ignored."""
-    run = start(TD3, tmp_path, total_timesteps=200, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    run.until(lambda: 40 in run.steps)
-    os.killpg(run.pid, signal.SIGHUP)
-    assert run.wait(0).steps[-1] == 200 and not run.errors
+def test_nohup_and_the_printed_command(tmp_path):
+    """A SIGHUP that the user's shell ignores stays ignored; what SIGTERM prints can be pasted, whatever the folder."""
 
+    def as_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-@pytest.mark.parametrize("launcher", ["python", "uv"])
-def test_the_printed_command_goes_on(launcher, tmp_path):
-    """From a folder whose name has to be quoted."""
-    if launcher == "uv":
-        before = lambda: os.environ.update(UV_RUN_RECURSION_DEPTH="1")
-    else:
-        before = lambda: os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
-    run = start(TD3, tmp_path, before=before, runs_dir="it's $HOME")
-    run.until(lambda: 40 in run.steps)
-    os.kill(run.pid, signal.SIGTERM)
+    run = start(TD3, tmp_path, before=as_nohup, env_id="Pendulum-v1", runs_dir="it's $HOME")
+    for number, steps in ((signal.SIGHUP, 40), (signal.SIGTERM, 80)):
+        run.until(lambda: steps in run.steps)
+        os.kill(run.pid, number)
     command = run.wait(0).output.splitlines()[-1].partition("go on with: ")[2]
     (folder,) = tmp_path.glob("it's $HOME/*")
-    assert shlex.split(command)[-2:] == ["--resume", str(folder.relative_to(tmp_path))]
     step = load(folder / "checkpoint.pt")["step"]
-    if launcher == "uv":  # it would install all dependencies
-        assert shlex.split(command)[:2] == ["uv", "run"]
-    else:
-        subprocess.run(f"{command} --total-timesteps {step + 5}", shell=True, cwd=tmp_path, check=True)
-        assert load(folder / "checkpoint.pt")["step"] == step + 5
+    subprocess.run(f"{command} --total-timesteps {step + 5}", shell=True, cwd=tmp_path, check=True)
+    assert load(folder / "checkpoint.pt")["step"] == step + 5
+
+
+def test_the_printed_command_under_uv(monkeypatch):
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")  # uv run sets it
+    monkeypatch.setattr(sys, "argv", ["baselines/td3.py", "--seed", "2"])
+    words = shlex.split(load_script(TD3).resume_command(Path("runs/one")))
+    assert words == ["uv", "run", "baselines/td3.py", "--resume", "runs/one"]
 
 
 # Environments and numbers.
@@ -179,16 +168,20 @@ EXPECTED = {
     "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
     "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
 }
-ALONE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # a single environment is in the trainer's process
+ALONE = [
+    ("Raises", 1),
+    ("NanObservation", 1),
+    ("InfiniteReward", 1),
+]  # a single environment is in the trainer's process
+TOGETHER = [("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)]
 
 
 @each_script
-@pytest.mark.parametrize("env, num_envs", [*ALONE, ("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)])
+@pytest.mark.parametrize("env, num_envs", ALONE + TOGETHER)
 def test_environment_misbehaves(path, env, num_envs, tmp_path):
     run = start(path, tmp_path, env, num_envs=num_envs).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
     assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS // 20 * 20
-    survived[f"environment: {env}"] += 1
 
 
 @each_script
@@ -197,7 +190,6 @@ def test_environment_misbehaves_in_an_evaluation(path, env, tmp_path):
     run = start(path, tmp_path, env, eval_every=10, save_every=10).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
     assert check_goes_on(path, only_run(tmp_path)) == 10  # it was the third evaluation, of 20 steps each
-    survived[f"environment in an evaluation: {env}"] += 1
 
 
 @off_policy
@@ -208,7 +200,6 @@ def test_numbers_overflow(path, env, log_every, tmp_path):
     run = start(path, tmp_path, env, log_every=log_every, total_timesteps=100, save_every=25).wait(1)
     assert "not finite" in run.errors
     assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS  # a replay saved later would hold such rewards
-    survived[f"a number overflows: {env}"] += 1
 
 
 # Files. /dev/full refuses every write, as a full disk does; a file-size limit refuses those beyond it.
@@ -220,38 +211,43 @@ def test_disk_full(path, name, tmp_path):
     start(path, tmp_path, total_timesteps=40).wait(0)
     folder = only_run(tmp_path)
     half = (folder / "checkpoint.pt").stat().st_size // 2
-    if "half" in name:
-        before = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-    else:
-        before = lambda: (folder / f"{name}.tmp").symlink_to("/dev/full")
+
+    def before() -> None:
+        if "half" in name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+        else:
+            (folder / f"{name}.tmp").symlink_to("/dev/full")
+
     words = ["--resume", folder, "--total-timesteps", 80, "--eval-every", 20]
     run = Run(path, *words, cwd=tmp_path, before=before).wait(1)
     assert re.search("No space left on device|file write failed|File too large|unexpected pos", run.errors), run.errors
     (folder / f"{name}.tmp").unlink(missing_ok=True)
     assert check_goes_on(path, folder) == 40
-    survived[f"disk full: {name}"] += 1
 
 
 class Payload:
     """Unpickled, it would make a folder."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
     def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
+        return os.mkdir, ("payload",)
 
 
-def damaged(file: Path, marker: Path) -> list[bytes]:
-    """What could be found in place of file, a checkpoint; marker is the folder that a payload would make."""
+def damaged(file: Path) -> list[bytes]:
+    """What could be found in place of file, a checkpoint or a replay."""
     whole = file.read_bytes()
     state = load(file)
-    payload = {**state, "step": Payload(marker), "rows": Payload(marker)}
+    payload = {**state, "step": Payload(), "rows": Payload()}
     misshapen = {**state, "rows": torch.zeros(3, 4), "critic": {"fc1.weight": torch.zeros(7)}}
-    found = [b"", b"no checkpoint", whole[: len(whole) // 2], whole[:100] + b"\xff" * 400 + whole[500:], pickle.dumps(payload)]
-    for other, is_zip in (({}, True), ({"weights": 0}, True), (misshapen, True), (payload, True), (payload, False)):
+    found = [
+        b"",
+        b"no checkpoint",
+        whole[: len(whole) // 2],
+        whole[:100] + b"\xff" * 400 + whole[500:],
+        pickle.dumps(payload),
+    ]
+    for other in ({}, {"weights": 0}, misshapen, payload):
         buffer = io.BytesIO()
-        torch.save(other, buffer, _use_new_zipfile_serialization=is_zip)
+        torch.save(other, buffer)
         found.append(buffer.getvalue())
     return found
 
@@ -261,61 +257,16 @@ def test_damaged_files(tmp_path):
     start(TD3, tmp_path / "run", total_timesteps=40).wait(0)
     start("baselines/sac.py", tmp_path / "other", total_timesteps=5, save_every=5).wait(0)
     folder = only_run(tmp_path / "run")
-    other = only_run(tmp_path / "other")
-    marker = tmp_path / "payload"
-    texts = [b"", b"{", b"[]", b"null", b'{"script": "td3"}', (other / "args.json").read_bytes()]
-    spoiled = [("args.json", text) for text in texts]
-    spoiled += [("checkpoint.pt", data) for data in damaged(folder / "checkpoint.pt", marker)]
-    spoiled += [("checkpoint.pt", (other / "checkpoint.pt").read_bytes())]
-    spoiled += [("replay.pt", data) for data in damaged(folder / "replay.pt", marker)]
-    for name, data in spoiled:
+    foreign = {name: [(only_run(tmp_path / "other") / name).read_bytes()] for name in ("args.json", "checkpoint.pt")}
+    found = {"args.json": [b"", b"{", b"[]", b"null", *foreign["args.json"]]}
+    found["checkpoint.pt"] = damaged(folder / "checkpoint.pt") + foreign["checkpoint.pt"]
+    found["replay.pt"] = damaged(folder / "replay.pt")
+    for name, data in [(file, data) for file in found for data in found[file]]:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(data)
-        before = contents(folder)
+        before = contents(tmp_path / "run")
         run = Run(TD3, "--resume", folder, "--total-timesteps", 50, cwd=tmp_path / "run").wait(2)
         assert run.errors.count("\n") == 1 and "td3.py: --resume" in run.errors, run.errors
-        assert contents(folder) == before and not marker.exists()
+        assert contents(tmp_path / "run") == before and not (tmp_path / "run/payload").exists()
         (folder / name).write_bytes(whole)
-        survived[f"{name} damaged, foreign or poisoned"] += 1
     check_goes_on(TD3, folder)
-
-
-# Command lines.
-
-JUNK = ["", "-1", "0", "nan", "inf", "-inf", "1e400", "9" * 30, "9" * 4000, "-", "--", "1,2", "None", "True", "x y", "{}"]
-WRONG = ["dog-rnu", "CartPole-v1", "CarRacing-v3", "nosuch:Env-v0", "", "h1-walk", "Ant-v2", "a/b/c"]
-
-
-def fuzzed(path: str, chance: random.Random) -> list[str]:
-    """A command line: flags of the script, few of them with a value that suits them, and words that are none."""
-    words = []
-    for _ in range(chance.randint(1, 5)):
-        field = chance.choice(fields(load_script(path).Args))
-        flag = f"--{chance.choice(['', '', '', 'no-'])}{field.name.replace('_', chance.choice('-_'))}"
-        junk = chance.choice(JUNK)
-        numbers = [str(chance.randint(-3, 2**41)), repr(chance.lognormvariate(0, 5))]
-        value = chance.choice([junk, str(field.default), *numbers])
-        words += chance.choice([[flag, value], [flag, value], [f"{flag}={value}"], [flag], [junk]])
-    return words
-
-
-@each_script
-def test_fuzzed_command_lines(path, monkeypatch, tmp_path):
-    """Exit status 0 or 2, no traceback, and nothing written with 2. Some of those accepted are run, at a small size."""
-    chance = random.Random(1)
-    lines = []
-    for _ in range(200):
-        words = fuzzed(path, chance)
-        monkeypatch.setattr(sys, "argv", [path, *words])
-        try:
-            load_script(path).parse_args()
-            lines.append(words)
-        except SystemExit as stop:
-            assert stop.code in (0, 2), words
-        survived["fuzzed command line, parsed"] += 1
-    small = flags(path, **SMALL | dict(total_timesteps=4, learning_starts=2, track=False))
-    lines = [[*words, *small] for words in lines[:4]] + [["--env-id", name] for name in WRONG]
-    for number, words in enumerate(lines):
-        run = Run(path, *words, cwd=tmp_path / str(number)).wait(0, 2)
-        assert "Traceback" not in run.errors and (run.process.exitcode == 0 or not any(run.cwd.iterdir())), words
-        survived["fuzzed command line, run"] += 1

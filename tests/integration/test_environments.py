@@ -1,0 +1,162 @@
+"""Strangers' environments and machines: what has a bounded real action trains in its own units, or is refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import load_script, make_args
+from faulty_envs import REFUSED, SOUND
+from processes import SMALL, Run, flags, load, only_run, read_eval
+from test_scripts import TD3, check_refused
+
+td3 = load_script(TD3)
+
+
+def start(cwd: Path, name: str, before: Callable = lambda: None, **changes) -> Run:
+    sizes = dict(env_id=f"faulty_envs:{name}-v0", total_timesteps=30, num_envs=1, eval_episodes=1)
+    return Run(TD3, *flags(TD3, **SMALL | sizes | changes), cwd=cwd, before=before)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_trains_or_evaluates(name, tmp_path):
+    """The environments assert that their actions are in their own space."""
+    _, O, A = SOUND[name]
+    run = start(tmp_path, name).wait(0)
+    assert not run.errors
+    shown = "an evaluation's episode had no end and was cut at 10000 steps"
+    assert (shown in run.output) == (name == "Endless")
+    rows = read_eval(only_run(tmp_path))
+    assert {row["length"] for row in rows} == {10_000 if name == "Endless" else 20}
+    assert np.isfinite([list(row.values()) for row in rows]).all()
+    assert load(only_run(tmp_path) / "replay.pt")["rows"].shape[-1] == O + A + O + 2
+
+
+def test_is_scored_in_the_units_of_its_id(tmp_path):
+    """One first policy on one point, with actions from -2 to 2, with any that are clipped to these, and from 0 to 5."""
+    rows = {}
+    for name in ("Cheap", "Clipped", "Rescaled"):
+        start(tmp_path / name, name).wait(0)
+        rows[name] = read_eval(only_run(tmp_path / name))[0]
+    assert rows["Clipped"] == rows["Cheap"]
+    for measure, factor in {"return": 1, "smoothness": 5 / 4, "action_fluctuation": 5 / 4}.items():
+        assert rows["Rescaled"][measure] == pytest.approx(factor * rows["Cheap"][measure], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused(name, tmp_path):
+    check_refused(start(tmp_path / "cwd", name), REFUSED[name][1])
+
+
+@pytest.mark.parametrize("chosen", ["egl", None])
+def test_rendering_is_the_users_choice(chosen, tmp_path):
+    def before() -> None:
+        os.environ.pop("MUJOCO_GL", None)
+        if chosen:
+            os.environ["MUJOCO_GL"] = chosen
+
+    run = start(tmp_path / "cwd", "Unfinished", before)
+    check_refused(run, f"no task given, MUJOCO_GL is {chosen or 'disabled'} (")
+    assert ("MUJOCO_GL=egl lets it render" in run.errors) == (chosen is None)
+
+
+def test_env_kwargs(tmp_path):
+    """Episodes of 7 steps, in training and in the evaluation, and in a resumed run."""
+    start(tmp_path, "Cheap", env_kwargs='{"length": 7}').wait(0)
+    folder = only_run(tmp_path)
+    assert json.loads((folder / "args.json").read_text())["env_kwargs"] == '{"length": 7}'
+    Run(TD3, "--resume", folder, "--total-timesteps", 40, cwd=tmp_path).wait(0)
+    assert {row["length"] for row in read_eval(folder)} == {7}
+    rows = load(folder / "replay.pt")["rows"][0, :, 0]
+    continues = (rows[:-1, 3:5] == rows[1:, :2]).all(1)  # next_observations, observations
+    assert [step for step in range(1, 40) if not continues[step - 1]] == [7, 14, 21, 28, 30, 37]
+
+
+def test_workers_draw_different_numbers_and_the_same_in_another_run(tmp_path):
+    replays = []
+    for cwd in (tmp_path / "one", tmp_path / "other"):
+        start(cwd, "GlobalRandom", num_envs=2).wait(0)
+        replays.append(load(only_run(cwd) / "replay.pt")["rows"])
+    assert replays[0].equal(replays[1])
+    starts = replays[0][0, [0, 20], :, :2].flatten(0, 1)  # two episodes of both environments
+    assert all(len(column.unique()) == 4 for column in starts.T)
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path):
+    args = make_args(TD3, runs_dir=str(tmp_path))
+    assert len({td3.open_folder(args) for _ in range(3)}) == 3
+
+
+def test_without_a_compiler_that_works(tmp_path):
+    """A g++ that says its version and compiles nothing."""
+    script = f"""[ "$1" = --version ] && exec {shutil.which("g++")} --version; echo "no omp.h" >&2; exit 1"""
+    (tmp_path / "g++").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "g++").chmod(0o755)
+    changes = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = start(tmp_path / "cwd", "Cheap", lambda: os.environ.update(changes), compile=True).wait(0)
+    (line,) = [line for line in run.output.splitlines() if line.startswith("torch.compile does not work here")]
+    assert "no omp.h" in line
+
+
+def check_env(env_id: str, O: int, A: int) -> gym.Env:
+    """A reset and a step of a random action."""
+    env = td3.make_env(env_id)
+    observation, _ = env.reset(seed=0)
+    next_observation, reward, *_ = env.step(env.action_space.sample())
+    for array in (observation, next_observation):
+        assert array.shape == (O,) and array.dtype == np.float32 and np.isfinite(array).all(), env_id
+    assert env.action_space.shape == (A,) and np.isfinite(reward), env_id
+    env.close()
+    return env
+
+
+UNUSABLE = {"Pusher-v4": "mujoco<3", "CarRacing-v3": "it observes images"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gymnasiums_environments():
+    """Every MuJoCo, Box2D and classic one with a continuous action."""
+    checked = 0
+    for env_id, spec in gym.registry.items():
+        if not str(spec.entry_point).startswith(
+            ("gymnasium.envs.mujoco", "gymnasium.envs.box2d", "gymnasium.envs.classic")
+        ):
+            continue
+        if env_id in UNUSABLE:
+            with pytest.raises(Exception, match=UNUSABLE[env_id]):
+                td3.make_env(env_id)
+            continue
+        original = gym.make("LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id)
+        if isinstance(original.action_space, gym.spaces.Box):
+            check_env(env_id, *original.observation_space.shape, *original.action_space.shape)
+            checked += 1
+    assert checked >= 26
+
+
+DM_CONTROL = """
+acrobot-swingup 6 1, ball_in_cup-catch 8 2, cartpole-swingup 5 1, cartpole-three_poles 11 1, cheetah-run 17 6,
+dog-fetch 232 38, dog-run 223 38, dm_control/dog-run-v0 223 38, finger-spin 9 2, finger-turn_easy 12 2, fish-swim 24 5,
+fish-upright 21 5, hopper-hop 15 4, humanoid-run 67 21, humanoid-run_pure_state 55 21, humanoid_CMU-run 137 56,
+manipulator-bring_ball 44 5, pendulum-swingup 3 1, point_mass-easy 4 2, quadruped-fetch 90 12, quadruped-run 78 12,
+reacher-easy 6 2, stacker-stack_2 49 5, swimmer-swimmer6 25 5, swimmer-swimmer15 61 14, walker-run 24 6
+"""
+
+
+def test_dm_control(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    for row in DM_CONTROL.replace("\n", " ").split(","):
+        env_id, O, A = row.split()
+        check_env(env_id, int(O), int(A))
+
+
+def test_humanoidbench():
+    """In the environment that README.md makes for it, with pytest beside."""
+    pytest.importorskip("humanoid_bench")
+    for task in ("walk", "run", "slide", "sit"):
+        env = check_env(f"h1-{task}", 51, 19)
+        assert env.spec.max_episode_steps == 1000
+    assert env.spec.id == "h1-sit_simple-v0"

@@ -1,0 +1,131 @@
+"""benchmark/suites.py and sweep.py: the papers' cells, a sweep killed in every way, and mistakes in its flags."""
+
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from processes import start_script
+
+pytest.importorskip("ray", reason="the benchmark extra is not installed: uv run --extra benchmark pytest")
+sys.path.insert(0, str(ROOT / "benchmark"))
+import suites
+import sweep
+
+from runs import Run, load_script, read_runs
+
+STEPS = 3000
+FLAGS = f"--no-compile --total-timesteps {STEPS} --learning-starts 100 --batch-size 8 --eval-every 1500"
+FLAGS += " --eval-episodes 1 --log-every 50"
+GRID = {"scripts": ("td3",), "env_ids": ("Pendulum-v1",), "seed_list": (42,), "flags": FLAGS}
+COMMAND = ("--scripts", "td3", "--env-ids", "Pendulum-v1", "--seed-list", 42, f"--flags={FLAGS}")
+
+
+def as_run(cell: suites.Cell, **changes: object) -> Run:
+    """A run on disk with the cell's arguments, as far as is_of looks."""
+    return Run(Path("runs/NAME"), {"script": cell.script, **asdict(suites.cell_args(cell)), **changes}, True)
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_a_run_is_of_its_own_cell_alone(suite):
+    """A run of other seeds, length, place and evaluation still is the cell's; one with another argument is not."""
+    for cell in suites.SUITES[suite]:
+        half = suites.cell_args(cell).total_timesteps // 2
+        run = as_run(cell, seed=7, num_seeds=3, total_timesteps=half, eval_episodes=20, runs_dir="/elsewhere")
+        del run.args["env_kwargs"]  # of before that flag
+        of = {(suites.name_of(other), other.env_id) for other in suites.SUITES[suite] if suites.is_of(run, other)}
+        assert of == {(suites.name_of(cell), cell.env_id)}
+        for changes in ({"gamma": 0.5}, {"dropped_flag": 1}, {"env_kwargs": '{"g": 9}'}):
+            assert not suites.is_of(as_run(cell, **changes), cell)
+
+
+def test_pave_tables_train_all_methods_by_one_protocol():
+    for suite in ("pave-table-1", "pave-table-2"):
+        for env_id in suites.PAVE_ENVS:
+            group = [asdict(suites.cell_args(cell)) for cell in suites.SUITES[suite] if cell.env_id == env_id]
+            shared = set.intersection(*map(set, group)) - {"exp_name"}
+            assert len(group) == 5 and len(shared) > 15
+            assert all(args[name] == group[0][name] for args in group for name in shared)
+
+
+def test_plan_makes_blocks_of_successive_seeds_that_share_no_folder():
+    options = sweep.Options(suites=("ams-what-works",), seed_list=(0, 42, 43, 44, 123), seeds_per_run=2, scale=0.1)
+    tasks, complete = sweep.plan(sweep.select_cells(options), options, [])
+    assert complete == 0 and len(tasks) == len(suites.SUITES["ams-what-works"]) * 4
+    assert len({(task.args["exp_name"], task.args["seed"]) for task in tasks}) == len(tasks)
+    assert [(task.args["seed"], task.args["num_seeds"]) for task in tasks[:4]] == [(0, 1), (42, 2), (44, 1), (123, 1)]
+    for task in tasks:  # what the script makes of the flags
+        args = sweep.tyro.cli(load_script(task.script.name).Args, args=task.flags)
+        assert {"script": task.script.stem, **asdict(args)} == task.args
+        assert task.args["total_timesteps"] == 50_000 and task.args["num_envs"] == 8
+
+
+def test_progress_reads_the_scripts_lines():
+    log = "step 0/1000 evaluating\nstep 0/1000 eval/return 1.2 eval/smoothness 0.1\nstep 500/1000 SPS 12.3 return -3.2"
+    assert sweep.progress(f"runs/X\n{log} left 00:10\n") == ["500", "1000", "12.3", "1.2", "00:10"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"suites": ("pave-table-9",)}, "no suite is called pave-table-9"),
+        ({"suites": ("pave-table-1",), "only": ("Pendulum",)}, "--only Pendulum: there are"),
+        ({**GRID, "scripts": ("td4",)}, "no script is called td4"),
+        ({**GRID, "address": "127.0.0.1:9"}, "--address 127.0.0.1:9: no Ray cluster answers there"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        sweep.main(sweep.Options(**options))
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_a_script_that_refuses_its_arguments_is_not_retried(tmp_path):
+    options = sweep.Options(**{**GRID, "env_ids": ("No-Such-v0",)}, runs_dir=tmp_path)
+    (task,), _ = sweep.plan(sweep.select_cells(options), options, [])
+    with pytest.raises(ValueError, match=r"exit status 2: td3\.py: --env-id No-Such-v0"):
+        sweep.work(task, 1)
+
+
+@pytest.mark.slow
+def test_sweep_survives_kill_and_ctrl_c_and_trains_nothing_twice(tmp_path):
+    """SIGKILL to the driver; again, then Ctrl-C; again, then SIGKILL to Ray's worker; to the end."""
+    options = sweep.Options(**GRID, runs_dir=tmp_path / "runs")
+    (task,), _ = sweep.plan(sweep.select_cells(options), options, [])
+    lock = str(task.log.with_suffix(".script.lock"))
+
+    def start_and_wait(tries: int):
+        process = start_script("benchmark/sweep.py", *COMMAND, cwd=tmp_path)
+        deadline = time.monotonic() + 600
+        logs = []  # of each try of the script
+        while len(logs) < tries or logs[-1].count("\nstep ") < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+            if task.log.exists():
+                logs = task.log.read_text().split("\n$ ")[1:]
+        return process
+
+    start_and_wait(1).kill()
+    process = start_and_wait(2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0 and "1 to go; the same command goes on" in output, errors
+    process = start_and_wait(3)
+    (guard,) = [other for other in psutil.process_iter(["cmdline"]) if lock in (other.info["cmdline"] or ())]
+    guard.parent().kill()  # Ray's worker
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0 and "1 finished, 0 failed" in output, errors
+
+    log = task.log.read_text()
+    assert len(re.findall(r"^\$ .* --resume ", log, re.M)) == log.count("stopped at step") == 3
+    steps = [int(step) for step in re.findall(r"^step (\d+)/", log, re.M)]
+    assert steps == sorted(steps) and set(steps) == {*range(0, STEPS + 1, 50)}
+    (run,) = read_runs(options.runs_dir)
+    assert run.is_complete and list(run.seeds) == [42]
+    assert sweep.plan(sweep.select_cells(options), options, [run]) == ([], 1)
