@@ -49,7 +49,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -90,7 +90,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
-    update_every: int = 1  # vector steps between two rounds of updates; a round has as many
+    update_every: int = 1  # vector steps between two rounds of updates; after n steps come n updates
     exploration_noise: float = 0.1  # standard deviation
     policy_frequency: int = 2  # updates of the critic for each of the actor and the targets
     predictor_weight: float = 2.0  # of the predictor's own loss
@@ -98,7 +98,7 @@ class Args:
     temporal_weight: float = 0.05  # of the actions' weighted second difference
     predictor_tau: float = 0.01  # share of the actor that enters its slow copy at each update
     policy_noise: float = 0.2  # standard deviation of the noise on the target action
-    noise_clip: float = 0.5  # its bound
+    noise_clip: float = 0.5  # the bound of that noise
 
     def __post_init__(self):
         check_args(self, may_be_zero=(), at_most_one=("learning_rate", "gamma", "tau", "predictor_tau"))
@@ -236,7 +236,7 @@ class Agent:
         self.device = device
         self.actor = Actor(args.num_seeds, O, A).to(device)
         self.critic = Critic(args.num_seeds, O, A).to(device)
-        # the first twin's weights: views, which are trained with the critic
+        # the first twin's weights share the critic's storage, so that they are trained with it
         self.first_critic = {name: weight[:, :1] for name, weight in self.critic.state_dict().items()}
         self.target_actor = deepcopy(self.actor).requires_grad_(False)
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
@@ -400,7 +400,7 @@ class CapturedUpdate:
 
 
 def leave_default_stream() -> None:
-    """A CUDA graph cannot be warmed up on the default stream, which still fills the networks and the replay."""
+    """A CUDA graph cannot be warmed up on the default stream; what that one has begun comes first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.default_stream())
     torch.cuda.set_stream(stream)
@@ -441,10 +441,11 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] / 1e9
     else:
+        gigabytes *= 2 if args.save_replay else 1  # a copy of it is written
         free = psutil.virtual_memory().available / 1e9
         if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
             free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
-    print(f"replay: {gigabytes:.2f} GB when full, {free:.1f} GB of memory are free", flush=True)
+    print(f"the replay takes {gigabytes:.2f} GB when full; {free:.1f} GB of memory are free", flush=True)
     if gigabytes > free:
         fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
 
@@ -462,7 +463,8 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
     elif env_id.startswith("dm_control/"):
         env_id = f"shimmy:{env_id}"
     elif env_id.startswith("h1-"):  # README.md says how to get it
-        env_id = f"humanoid_bench:{env_id.replace('sit', 'sit_simple')}-v0"
+        task = "h1-sit_simple" if env_id == "h1-sit" else env_id
+        env_id = f"humanoid_bench:{task}-v0"
         kwargs = {"render_mode": None} | kwargs  # its default opens a window
     elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
         env_id = f"shimmy:dm_control/{env_id}-v0"
@@ -582,9 +584,9 @@ class OneEnv(gym.vector.SyncVectorEnv):
         return self.step(self.actions)
 
 
-def start_seeds(args: Args, step: int, purpose: int, count: int) -> list[int]:
-    """Seeds of count environments; purpose is 0 for training, 1 for the evaluation."""
-    return np.random.SeedSequence([args.seed, step, purpose]).generate_state(count).tolist()
+def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
+    """Seeds of count environments: other ones at each step, and for training and the evaluation."""
+    return np.random.SeedSequence([args.seed, step, int(for_evaluation)]).generate_state(count).tolist()
 
 
 def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
@@ -633,9 +635,10 @@ def smoothness(actions: np.ndarray) -> float:
 def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[dict]:
     """An episode of the deterministic policy in each environment: rows of eval.csv; none if told to stop meanwhile.
 
-    smoothness and action_fluctuation, mean |a_t - a_(t-1)| (LipsNet, ICML 2023), are in the environment's units, box.
+    smoothness and action_fluctuation, 1/T sum_t |a_t - a_(t-1)| (LipsNet, ICML 2023), are in box's units, the
+    environment's own.
     """
-    observations, _ = envs.reset(seed=start_seeds(args, step, 1, envs.num_envs))
+    observations, _ = envs.reset(seed=start_seeds(args, step, True, envs.num_envs))
     running = np.ones(envs.num_envs, bool)
     returns = np.zeros(envs.num_envs)
     lengths = np.zeros(envs.num_envs, int)
@@ -670,23 +673,27 @@ def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int
 
 
 def open_folder(args: Args) -> Path:
-    """The folder to resume, or a new one that no other run shares, with args.json in it."""
+    """The folder to resume, or a new one, with args.json in it."""
     arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
-    timestamp = int(time.time())
-    folder = Path(args.resume or "")
     try:
-        while not args.resume:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{timestamp}"
-            folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:  # of a run that began in the same second
-                timestamp += 1
+        folder = Path(args.resume) if args.resume else make_folder(args)
         write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
     except OSError as error:
-        fail(f"{folder} cannot be written: {error.strerror} (--runs-dir names another place)")
+        fail(f"{error.filename} cannot be written: {error.strerror} (--runs-dir names another place)")
     return folder
+
+
+def make_folder(args: Args) -> Path:
+    """Two runs never share one: of those that begin in the same second the later one takes the next second's name."""
+    timestamp = int(time.time())
+    while True:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{timestamp}"
+        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            timestamp += 1
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -782,7 +789,7 @@ class Log:
             wandb.define_metric("*", step_metric="global_step")
             self.wandb = wandb
 
-    def training(self, step: int, scalars: dict[str, float]) -> None:
+    def log_training(self, step: int, scalars: dict[str, float]) -> None:
         """charts/SPS counts vector steps a second since the last call."""
         speed = (step - self.last_step) / (time.perf_counter() - self.last_time)
         self.last_step = step
@@ -799,19 +806,20 @@ class Log:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def evaluating(self, step: int) -> None:
+    def announce_evaluation(self, step: int) -> None:
         if self.bar.disable:
             self.say(step, "evaluating")
         else:
             self.bar.set_description("evaluating")
 
-    def evaluation(self, step: int, rows: list[dict]) -> None:
+    def log_evaluation(self, step: int, rows: list[dict]) -> None:
         """rows of eval.csv."""
         self.bar.set_description("")
         measures = ("return", "smoothness", "action_fluctuation")
         means = {f"eval/{name}": float(np.mean([row[name] for row in rows])) for name in measures}
         self.write(step, means)
         self.say(step, " ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        self.last_step = step  # its time does not count as training's
         self.last_time = time.perf_counter()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -851,7 +859,7 @@ def request_stop(number: int, _) -> None:
     os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once\n")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """A user's mistake: one line, exit status 2."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -888,7 +896,7 @@ def parse_args() -> Args:
         fail(f"--resume {args.resume}: no run of this script ({error})")
     args = tyro.cli(Args, default=default)
     for name in ("env_id", "env_kwargs", "seed", "num_seeds", "num_envs", "buffer_size"):
-        if getattr(args, name, None) != getattr(default, name, None):
+        if getattr(args, name, None) != getattr(default, name, None):  # PPO has no buffer
             fail(f"--resume {args.resume}: {name} was {getattr(default, name)}")
     return args
 
@@ -948,9 +956,9 @@ def train(args: Args) -> None:
         step, evaluations = load_checkpoint(args, agent, replay)
     folder = open_folder(args)
     print(folder, flush=True)
-    training_seeds = start_seeds(args, step, 0, S * N)
+    training_seeds = start_seeds(args, step, False, S * N)
     envs = make_envs(args, training_seeds)
-    eval_envs = make_envs(args, start_seeds(args, step, 1, S * args.eval_episodes))
+    eval_envs = make_envs(args, start_seeds(args, step, True, S * args.eval_episodes))
     listen_for_stop()
 
     @torch.no_grad()
@@ -987,17 +995,19 @@ def train(args: Args) -> None:
     metrics = {}
     while True:
         is_last = step == args.total_timesteps
-        is_evaluated = bool(evaluations) and int(evaluations[-1]["step"]) == step  # by the run that this one resumes
+        # the run that this one resumes may have evaluated this step
+        is_evaluated = bool(evaluations) and int(evaluations[-1]["step"]) == step
         if (step % args.eval_every == 0 or is_last) and not is_evaluated:
-            log.evaluating(step)
+            log.announce_evaluation(step)
             rows = evaluate(policy, eval_envs, args, step, action_box)
             if rows:
                 evaluations += rows
                 save_evaluation(folder, step, agent, evaluations)
-                log.evaluation(step, rows)
-        if step % args.save_every == 0 or is_last or STOP_REQUESTS:
+                log.log_evaluation(step, rows)
+        is_stopped = bool(STOP_REQUESTS)
+        if step % args.save_every == 0 or is_last or is_stopped:
             save_checkpoint(folder, step, agent, replay if args.save_replay else None)
-        if is_last or STOP_REQUESTS:
+        if is_last or is_stopped:
             break
 
         if step < args.learning_starts:
@@ -1006,7 +1016,8 @@ def train(args: Args) -> None:
             actions = policy(observations, explore=True)
         check_finite(step, action=actions)
         envs.step_async(actions)
-        if replay.steps >= args.learning_starts and step % args.update_every == 0:  # while the environments step
+        # While the environments step. A run that resumes without its replay fills a new one first.
+        if replay.steps >= args.learning_starts and step % args.update_every == 0:
             for index in range(args.update_every):
                 update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
                 metrics |= update()
@@ -1030,12 +1041,12 @@ def train(args: Args) -> None:
             scalars = {name: metric.mean().item() for name, metric in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
                 sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
-            log.training(step, scalars | return_scalars(finished_returns, args.seed))
+            log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
             finished_returns = [[] for _ in range(S)]
     envs.close()
     eval_envs.close()
     log.close()
-    if STOP_REQUESTS:
+    if step < args.total_timesteps:
         print(f"stopped at step {step}; go on with: {resume_command(folder)}")
     else:
         print(f"finished {folder}: benchmark/play.py shows its policy, benchmark/export.py exports it")

@@ -556,6 +556,7 @@ def blocks_of(data: Data) -> dict[str, str]:
         "calm_ams": calm_text(data, "AMS on TD3"),
         "calm_layer_norm": calm_text(data, "LayerNorm alone on TD3"),
         "norm": number(norms.mean() / their_norm),
+        "five_step": f"{data.runs[data.runs.exp_name == 'AMS on TD3@H200'].step.max():,}",
         "five_td3": five_seeds_text(data, "TD3"),
         "five_layer_norm": five_seeds_text(data, "LayerNorm alone on TD3"),
         "quadruped": quadruped_table(data),
@@ -571,7 +572,6 @@ def blocks_of(data: Data) -> dict[str, str]:
         "pendulum": pendulum_table(data),
         "speed": speed_table(data),
         "impossible": impossible_deviations(data),
-        "dog_steps": f"{dog_run_curve(data).index[-1]:,}",
     }
 
 
@@ -772,7 +772,7 @@ def draw_front(folders: tuple[Path, Path], path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(7.2, 3.6), sharex=True, sharey=True, layout="constrained")
     players = [load_player(folder) for folder in folders]
     first = players[0]
-    starts = first.script.start_seeds(first.args, 0, 1, first.args.eval_episodes)
+    starts = first.script.start_seeds(first.args, first.step, 1, first.args.eval_episodes)
     for axis, player, colour in zip(axes, players, (RED, BLUE)):
         episodes = play(player, starts, Disturbance())
         scores = scores_of(player, episodes)

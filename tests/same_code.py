@@ -16,20 +16,14 @@ SCRIPTS = sorted([*ROOT.glob("td3_*.py"), *ROOT.glob("sac_*.py"), *(ROOT / "base
 OWN = ("Args", "Actor", "Critic", "Batch", "Agent")
 
 
-def definitions(path: Path) -> dict[str, str]:
-    """The source of each top-level function and class, decorators included."""
+def shared(path: Path) -> dict[str, str]:
+    """The sources, decorators included, that must be the same everywhere; train goes by the source of Batch too."""
     source = path.read_text()
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min(part.lineno for part in (node, *node.decorator_list))
             found[node.name] = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
-    return found
-
-
-def shared(path: Path) -> dict[str, str]:
-    """The sources that must be the same everywhere; train goes by the source of Batch too."""
-    found = definitions(path)
     found["train with this " + found.get("Batch", "")] = found.pop("train")
     return {name: text for name, text in found.items() if name not in OWN}
 

@@ -6,13 +6,13 @@ The loss and its terms draw the same random numbers in the same order. FLAGS giv
 import pytest
 import torch
 from conftest import CPU, A, B, S, check_loss, load_script, make_agent, make_batch
-from torch.nn import functional as F
+from torch.distributions import Normal
 
 pytestmark = pytest.mark.usefixtures("float64")
 FLAGS = {"gamma": 0.9, "policy_noise": 0.8, "noise_clip": 0.5, "autotune": False, "alpha": 0.3, "penalty_weight": 0.4}
 FLAGS |= {"mpr_weight": 2.0, "vfc_weight": 3.0, "curvature_weight": 5.0, "sigma": 0.3, "delta": 0.5, "grad_weight": 0.8}
 FLAGS |= {"caps_temporal_weight": 0.7, "caps_spatial_weight": 0.6, "caps_sigma": 0.5}
-FLAGS |= {"predictor_weight": 0.7, "spatial_weight": 0.6, "temporal_weight": 0.8}
+FLAGS |= {"predictor_weight": 0.7, "spatial_weight": 0.6, "temporal_weight": 0.8, "geometry_rows": 4, "ent_coef": 0.1}
 
 
 def td_error(agent, batch, next_values):
@@ -65,19 +65,17 @@ def value_around(agent, batch, anchor):
 
 
 def pave(agent, batch):
-    """Of the first geometry_rows rows; test_pave.py has the three losses themselves."""
-    rows = slice(agent.args.geometry_rows or B)
-    observations = batch.observations[:, rows]
-    actions = batch.actions[:, rows]
+    """Of the first geometry_rows = 4 rows; test_pieces.py has the three losses themselves."""
+    observations = batch.observations[:, :4]
+    actions = batch.actions[:, :4]
     noise = 0.3 * torch.randn_like(observations)
     probes = 2 * torch.randint_like(actions, 2) - 1
-    columns = (observations, actions, batch.next_observations[:, rows], noise, probes)
+    columns = (observations, actions, batch.next_observations[:, :4], noise, probes)
     _, mpr, vfc, curv = load_script("td3_pave.py").pave_losses(agent.critic, *columns, 0.5)
     return 2 * mpr + 3 * vfc + 5 * curv
 
 
 def gradient_penalty(agent, batch):
-    """The mean square of each critic's action gradient."""
     actions = batch.actions.clone().requires_grad_()
     values = agent.critic(batch.observations, actions)
     (first,) = torch.autograd.grad(values[:, 0].sum(), actions, create_graph=True)
@@ -86,12 +84,10 @@ def gradient_penalty(agent, batch):
 
 
 def td3_value(agent, batch):
-    """Minus the first critic's value of the actor's action."""
     return -agent.critic(batch.observations, agent.actor(batch.observations))[:, 0].mean(1)
 
 
 def sac_value(agent, batch):
-    """alpha log pi(a | s) - min_j Q_j(s, a) of a sampled action."""
     actions, log_prob, _ = agent.actor.sample(batch.observations)
     twins = agent.critic(batch.observations, actions)
     return (0.3 * log_prob - torch.minimum(twins[:, 0], twins[:, 1])).mean(1)
@@ -115,53 +111,52 @@ def grad(agent, batch):
     return 0.8 * ((2 * actions - next_actions - previous_actions) ** 2 * weight).mean((1, 2)) / 2
 
 
-def td3_asap(agent, batch):
+def asap(agent, batch):
     """A second head of the actor learns the next action, which keeps to what the head's slow copy foresaw."""
-    return asap(agent, batch, torch.tanh)
-
-
-def sac_asap(agent, batch):
-    """There the second head is linear."""
-    return asap(agent, batch, torch.nn.Identity())
-
-
-def asap(agent, batch, squash):
-    predictions = []
-    for actor in (agent.actor, agent.slow_actor):
-        features = F.silu(actor.fc2(F.silu(actor.fc1(batch.observations))))
-        predictions.append(squash(actor.fc_predict(features)))
     next_actions = agent.act(batch.next_observations, explore=False)
-    predictor = predictions[0] - next_actions.detach()
-    spatial = predictions[1] - next_actions
+    predictor = agent.actor.predict(batch.observations) - next_actions.detach()
+    spatial = next_actions - agent.slow_actor.predict(batch.observations)
     return (0.7 * predictor**2 + 0.6 * spatial**2).mean((1, 2)) / 2
 
 
-NO_PAVE = {"mpr_weight": 0.0, "vfc_weight": 0.0, "curvature_weight": 0.0}
+def ppo_value(agent, batch):
+    """The worse of two errors: of the value, and of the value kept close to what it was."""
+    values = agent.critic(batch.observations)
+    near_values = batch.values + (values - batch.values).clip(-0.2, 0.2)
+    return torch.maximum((values - batch.returns) ** 2, (near_values - batch.returns) ** 2).mean(1) / 2
+
+
+def ppo_policy(agent, batch):
+    """A good action's ratio counts up to 1.2, a bad one's down to 0.8; and the entropy."""
+    policy = Normal(agent.actor.network(batch.observations), agent.actor.log_std.exp())
+    ratio = (policy.log_prob(batch.actions).sum(-1) - batch.log_probs).exp()
+    deviation, mean = torch.std_mean(batch.advantages, 1, keepdim=True)
+    advantages = (batch.advantages - mean) / deviation
+    counted = torch.where(advantages > 0, ratio.clip(max=1.2), ratio.clip(min=0.8))
+    return -(counted * advantages + 0.1 * policy.entropy().sum(-1)).mean(1)
+
+
 LOSSES = [  # script, other flags, terms of the critic's loss, terms of the actor's
     ("baselines/td3.py", {}, [td3_error], [td3_value]),
     ("baselines/td3_caps.py", {}, [td3_error], [td3_value, caps]),
     ("baselines/td3_grad.py", {}, [td3_error], [td3_value, grad]),
-    ("baselines/td3_asap.py", {}, [td3_error], [td3_value, grad, td3_asap]),
+    ("baselines/td3_asap.py", {}, [td3_error], [td3_value, grad, asap]),
     ("baselines/td3_gp.py", {}, [td3_error, gradient_penalty], [td3_value]),
     ("baselines/td3_sn.py", {}, [td3_error], [td3_value]),
     ("td3_pave.py", {}, [td3_error, pave], [td3_value, caps]),
-    ("td3_pave.py", {"geometry_rows": 4}, [td3_error, pave], [td3_value, caps]),
-    ("td3_pave.py", NO_PAVE, [td3_error], [td3_value, caps]),
     ("td3_ams.py", {}, [td3_ams_error], [td3_value]),
     ("td3_ams.py", {"shared_frame": True}, [td3_ams_error], [td3_value]),
     ("td3_ams.py", {"num_neighbors": 0}, [td3_error], [td3_value]),
     ("baselines/sac.py", {}, [sac_error], [sac_value]),
     ("baselines/sac_caps.py", {}, [half_sac_error], [sac_value, caps]),
     ("baselines/sac_grad.py", {}, [half_sac_error], [sac_value, grad]),
-    ("baselines/sac_asap.py", {}, [half_sac_error], [sac_value, grad, sac_asap]),
+    ("baselines/sac_asap.py", {}, [half_sac_error], [sac_value, grad, asap]),
     ("baselines/sac_gp.py", {}, [half_sac_error, gradient_penalty], [sac_value]),
     ("baselines/sac_sn.py", {}, [half_sac_error], [sac_value]),
     ("sac_pave.py", {}, [half_sac_error, pave], [sac_value]),
-    ("sac_pave.py", {"geometry_rows": 4}, [half_sac_error, pave], [sac_value]),
-    ("sac_pave.py", NO_PAVE, [half_sac_error], [sac_value]),
     ("sac_ams.py", {}, [sac_ams_error], [sac_value]),
-    ("sac_ams.py", {"shared_frame": True}, [sac_ams_error], [sac_value]),
     ("sac_ams.py", {"num_neighbors": 0}, [sac_error], [sac_value]),
+    ("baselines/ppo.py", {}, [ppo_value], [ppo_policy]),
 ]
 
 

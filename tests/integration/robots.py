@@ -36,21 +36,6 @@ class Robot(gym.Env):
         return self.observe(), -abs(self.state[0]), False, self.steps == 20, {}
 
 
-class Scalar(Robot):
-    """One force and one observation, which are no vectors; its dt is the physics', of which 5 make a step."""
-
-    observation_space = Box(-np.inf, np.inf, ())
-    metadata = {"render_modes": [], "render_fps": 10}  # noqa: RUF012
-    dt = 0.02
-
-    def __init__(self):
-        super().__init__(Box(-2, 2, ()))
-
-    def observe(self):
-        return np.float32(self.state[0])
-
-
 gym.register("Robot-v0", Robot)
 gym.register("Locked-v0", partial(Robot, LOCKED))
 gym.register("Rescaled-v0", lambda: gym.wrappers.RescaleAction(Robot(), np.float32(0), np.float32(5)))
-gym.register("Scalar-v0", Scalar)

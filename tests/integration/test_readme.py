@@ -19,6 +19,7 @@ SHORT = {  # flags that end a command in seconds
     "sweep.py": "--scale 0.001 --seeds 1 --only Pendulum-v1 base --flags='--no-compile --eval-episodes 1'",
     "speed.py": "'baselines/td3.py --env-id Pendulum-v1 --no-compile' --rounds 1 --settle 300 --steps 50",
     "play.py": "--episodes 2",
+    "geometry.py": "runs/Pendulum-v1__sac_pave__*",
 }
 COMMANDS = re.findall(
     r"^(?:PYTHONPATH=\. )?uv run (?:--extra benchmark )?(\S+\.py.*?)(?:   #.*)?$", README, re.MULTILINE
@@ -32,8 +33,8 @@ def test_commands(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}"}
     for command in COMMANDS:
         script, *words = shlex.split(command)
-        words = [path for word in words for path in glob.glob(word, root_dir=tmp_path) or [word]]
         words += shlex.split(SHORT.get(Path(script).name, ""))
+        words = [path for word in words for path in glob.glob(word, root_dir=tmp_path) or [word]]
         done = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, env=environment, timeout=600)
         assert done.returncode == 0, command
     for pattern in ("*sac_pave*/*.mp4", "*sac_pave*/*.png", "*sac_pave*/*.onnx", "*sac_pave*/*.pt2"):
