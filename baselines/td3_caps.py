@@ -323,7 +323,8 @@ def compiler_fault(device: torch.device) -> str:
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # no g++, no Python.h, no OpenMP, a /tmp without programs, a user without a name, ...
         cause = getattr(error, "inner_exception", error)
-        return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        reason = str(cause).partition("Output:")[2] or str(cause)  # a compiler's words come after its command
+        return " ".join(f"{type(cause).__name__}: {reason}".split())[:200]
     return ""
 
 
@@ -708,7 +709,8 @@ def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[di
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         return step, rows
     except Exception as error:  # torch.load has half a dozen for a damaged file
-        fail(f"--resume {folder}: {type(error).__name__}: {error}".splitlines()[0])
+        message = " ".join(str(error).split())[:300]
+        fail(f"--resume {folder}: {type(error).__name__}: {message}")
 
 
 class Log:
@@ -721,7 +723,8 @@ class Log:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if args.resume else None)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", leave=False, disable=None)
+        width = shutil.get_terminal_size().columns - 1  # 79 where a terminal says 0, for which tqdm would print nothing
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", ncols=width, leave=False, disable=None)
         if args.track:
             import wandb
 

@@ -650,7 +650,7 @@ def draw_shift(data: Data, path: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     steps = data.runs.loc[data.runs.exp_name.isin(names), "step"].max()
-    figure.suptitle(f"{QUADRUPED}, seed 0, {steps:,} vector steps; hollow: below 0", fontsize=9)
+    figure.suptitle(f"{QUADRUPED}, seed 0, {steps:,} vector steps; a network a panel; hollow: below 0", fontsize=9)
     save(figure, path)
 
 
@@ -781,7 +781,9 @@ def draw_front(folders: tuple[Path, Path], path: Path) -> None:
         axis.plot(seconds, torque, color=colour, lw=1.3)
         label = f"smoothness {scores['smoothness'].mean():.2f}, return {scores['return'].mean():.0f}"
         axis.set_title(f"{front_name(player.run)}: {label}", loc="left", fontsize=10, color=colour)
-        axis.set_ylabel("torque (N m)")
+        axis.set(
+            ylabel="torque (N m)", ylim=1.05 * np.array([first.env.action_box.low[0], first.env.action_box.high[0]])
+        )
     axes[1].set_xlabel("time (s)")
     where = f"{first.args.env_id}, seed {first.seed}, {first.step:,} steps"
     figure.suptitle(f"{where}: an episode; scores are means over {len(starts)}", fontsize=9)
