@@ -138,7 +138,8 @@ def rows_of(run: Run) -> pd.DataFrame:
     rows = tables[0]
     rows = rows[~rows.metric.isin(MINUTES)]
     every = run.args["eval_every"] * run.args["num_envs"]
-    until_evaluation = np.ceil(rows.env_step / every).astype(int) * every
+    last = rows.env_step.max()
+    until_evaluation = (np.ceil(rows.env_step / every).astype(int) * every).clip(upper=last)
     rows = rows.assign(env_step=until_evaluation.where(rows.metric.isin(TRAINING), rows.env_step))
     keys = [column for column in COLUMNS if column != "value"]
     return rows.groupby(keys).value.mean().reset_index()[COLUMNS]
@@ -484,7 +485,7 @@ def clip_text(data: Data) -> str:
         if clipped is not None:
             unclipped = short_values(data, name, "unclipped_shift_radius_0.2")
             saturated = short_values(data, name, "saturated_actions")
-            parts.append(f"{label} {number(clipped, 4)}, {number(unclipped, 4)}, {number(100 * saturated)} %")
+            parts.append(f"{label} {number(clipped, 5)}, {number(unclipped, 5)}, {number(100 * saturated)} %")
     return "; ".join(parts) or "no network yet"
 
 
@@ -630,7 +631,7 @@ def draw_shift(data: Data, path: Path) -> None:
     names = [name for name in SHORT_RUNS if short_values(data, name, "shift_radius_0.2") is not None]
     if not names:
         return
-    width = max(5.5, 1.0 + 2.3 * len(names))
+    width = max(5.5, 1.0 + 2.5 * len(names))
     figure, axes = plt.subplots(1, len(names), figsize=(width, 3.3), sharey=True, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names):
         for prefix, colour, label in (("", RED, "clipped to the box, as AMS does"), ("unclipped_", BLUE, "unclipped")):
@@ -645,12 +646,13 @@ def draw_shift(data: Data, path: Path) -> None:
         axis.set_xticks(RADII, map(str, RADII))
         axis.minorticks_off()
         saturated = short_values(data, name, "saturated_actions")
-        axis.set_title(f"{SHORT_RUNS[name]}\n{number(100 * saturated)} % of the actions saturated", fontsize=8.5)
+        steps = data.runs.loc[data.runs.exp_name == name, "step"].max()
+        title = f"{SHORT_RUNS[name]}, {steps:,} vector steps\n{number(100 * saturated)} % of the actions saturated"
+        axis.set_title(title, fontsize=8.5)
     axes[0, 0].set_ylabel("|shift of the target|")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    steps = data.runs.loc[data.runs.exp_name.isin(names), "step"].max()
-    figure.suptitle(f"{QUADRUPED}, seed 0, {steps:,} vector steps; a network a panel; hollow: below 0", fontsize=9)
+    figure.suptitle(f"{QUADRUPED}, seed 0, how far the neighbourhood moves the target; hollow: below 0", fontsize=9)
     save(figure, path)
 
 

@@ -136,6 +136,7 @@ def ppo_policy(agent, batch):
     return -(counted * advantages + 0.1 * policy.entropy().sum(-1)).mean(1)
 
 
+PAVE_WEIGHTS = ("mpr_weight", "vfc_weight", "curvature_weight")
 LOSSES = [  # script, other flags, terms of the critic's loss, terms of the actor's
     ("baselines/td3.py", {}, [td3_error], [td3_value]),
     ("baselines/td3_caps.py", {}, [td3_error], [td3_value, caps]),
@@ -144,6 +145,7 @@ LOSSES = [  # script, other flags, terms of the critic's loss, terms of the acto
     ("baselines/td3_gp.py", {}, [td3_error, gradient_penalty], [td3_value]),
     ("baselines/td3_sn.py", {}, [td3_error], [td3_value]),
     ("td3_pave.py", {}, [td3_error, pave], [td3_value, caps]),
+    ("td3_pave.py", dict.fromkeys(PAVE_WEIGHTS, 0.0), [td3_error], [td3_value, caps]),
     ("td3_ams.py", {}, [td3_ams_error], [td3_value]),
     ("td3_ams.py", {"shared_frame": True}, [td3_ams_error], [td3_value]),
     ("td3_ams.py", {"num_neighbors": 0}, [td3_error], [td3_value]),

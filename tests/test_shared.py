@@ -18,6 +18,15 @@ def test_one_name_one_source():
     assert check.returncode == 0, check.stdout
 
 
+def test_every_script_asks_for_what_pyproject_does():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for path in ALL:
+        header = (ROOT / path).read_text().split("# /// script\n# ")[1].split("\n# ///")[0]
+        for name, value in tomllib.loads(header.replace("\n# ", "\n")).items():
+            assert value == project[name], path
+
+
 @pytest.mark.parametrize("steps, capacity", [(1, 4), (4, 4), (7, 4)])
 def test_replay_keeps_the_newest_steps_and_samples_uniformly(steps, capacity):
     """Reward of step t, seed s and environment e: 100 t + 10 s + e. An observation is twice that."""
@@ -94,3 +103,11 @@ def test_compiled_updates_are_the_uncompiled_ones(path):
         runs.append(torch.cat([weight.flatten() for weight in weights(agent)]))
     torch.testing.assert_close(*runs, atol=2e-5, rtol=1e-4)
     assert not torch.equal(*runs)  # its rounding is its own, so it did compile
+
+
+def test_ppo_clips_each_seeds_gradient_alone():
+    parameter = torch.zeros(S, 3, 4)
+    parameter.grad = torch.tensor([0.1, 100.0]).view(S, 1, 1).expand(S, 3, 4).clone()
+    load_script("baselines/ppo.py").clip_gradients([parameter], 0.5)
+    norms = parameter.grad.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([0.1 * 12**0.5, 0.5]))

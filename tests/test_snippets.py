@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, check_loss, make_agent, make_batch
+from same_code import SCRIPTS
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -62,3 +63,10 @@ def test_ams():
 
 def test_pave():
     check_update("td3_pave.py", readme("def pave_terms"), TARGET, readme("qf_loss = qf_loss"))
+
+
+def test_no_snippet_has_the_name_of_a_function_of_the_scripts():
+    pasted = {name for code in CODE for name in re.findall(r"^def (\w+)", code, re.MULTILINE)}
+    scripts = "\n".join(path.read_text() for path in SCRIPTS)
+    ours = set(re.findall(r"^def (\w+)", scripts, re.MULTILINE))
+    assert {"ams_next_values", "pave_terms"} <= pasted and not pasted & ours

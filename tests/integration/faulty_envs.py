@@ -14,6 +14,7 @@ from gymnasium.wrappers import ClipAction, RescaleAction
 GOOD_STEPS = 50  # before a fault; counted over an instance's episodes
 STATE = Box(-np.inf, np.inf, (2,), np.float32)
 TORQUE = Box(-2, 2, (1,), np.float32)
+LARGEST = np.finfo(np.float32).max
 IMAGE = Box(0, 255, (8, 8, 3), np.uint8)
 
 
@@ -90,7 +91,6 @@ BITS = Dict(door=Box(0, 1, (2,), bool), gear=Discrete(4), state=STATE, touch=Mul
 SOUND = {  # and the numbers in an observation and in an action
     "Cheap": (Point, 2, 1),
     "List": (partial(Point, observe=np.ndarray.tolist), 2, 1),
-    "Tuple": (partial(Point, observe=tuple), 2, 1),
     "Bits": (partial(Point, observation_space=BITS, observe=bits), 10, 1),
     "Scalar": (partial(Point, Box(-2, 2, ()), Box(-99, 99, ()), lambda state: np.float32(state[0])), 1, 1),
     "Matrix": (partial(Point, Box(-2, 2, (2, 3)), Box(-99, 99, (3, 2)), lambda state: np.float32([state] * 3)), 6, 6),
@@ -105,12 +105,7 @@ REFUSED = {  # and why
     "Integer": (partial(Point, Box(0, 10, (1,), np.int64)), "its actions must be a Box of real numbers"),
     "DiscreteInDict": (partial(Point, Dict(arm=TORQUE, grip=Discrete(2))), "its actions must be a Box of real numbers"),
     "Huge": (partial(Point, Box(-1e10, 1e10)), "its actions must be bounded"),
-    "Limitless": (
-        partial(Point, Box(np.finfo(np.float32).min, np.finfo(np.float32).max)),
-        "its actions must be bounded",
-    ),
-    "Infinite": (partial(Point, Box(-np.inf, np.inf)), "its actions must be bounded"),
-    "Image": (partial(Point, TORQUE, IMAGE), "it observes images"),
+    "Limitless": (partial(Point, Box(-LARGEST, LARGEST)), "its actions must be bounded"),
     "ImageInDict": (partial(Point, TORQUE, Dict(camera=IMAGE, state=STATE)), "it observes images"),
     "RewardVector": (partial(Faulty, lambda observation, _: (observation, np.ones(3)), 0), "reward must be one number"),
     "Unfinished": (unfinished, "RuntimeError: no task given"),

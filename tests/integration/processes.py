@@ -1,4 +1,4 @@
-"""The scripts as processes: run_script as a user starts them, Run forked from pytest's process, which saves seconds."""
+"""The scripts as processes: start_script as a user does, Run forked from pytest's process, which saves seconds."""
 
 import atexit
 import csv
@@ -39,14 +39,12 @@ def flags(path: str, **values: object) -> list[str]:
     """--name value for those that the script has."""
     known = {field.name for field in fields(load_script(path).Args)}
     words = []
-    for name, value in values.items():
+    for name in [name for name in values if name in known]:
         flag = name.replace("_", "-")
-        if name not in known:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+        if isinstance(values[name], bool):
+            words.append(f"--{flag}" if values[name] else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", str(values[name])]
     return words
 
 
@@ -58,33 +56,23 @@ def start_script(path: str, *flags: object, cwd: Path, **environment: str) -> su
     return subprocess.Popen(command, cwd=cwd, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def run_script(path: str, *flags: object, cwd: Path, timeout: float = 300, **environment: str):
-    """start_script, to its end: a subprocess.CompletedProcess."""
-    process = start_script(path, *flags, cwd=cwd, **environment)
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
 class Run:
     """python path words, in the folder cwd: started at once, in a session of its own, after before() in its process."""
 
     def __init__(self, path: str, *words: object, cwd: Path, before: Callable = lambda: None):
         cwd.mkdir(exist_ok=True)
         self.cwd = cwd
-        self.argv = [str(ROOT / path), *map(str, words)]
-        self.before = before
+        argv = [str(ROOT / path), *map(str, words)]
         self.logs = [cwd.parent / f"{cwd.name}_{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
         for log in self.logs:
             log.touch()
         # faulty_envs.py and the scripts go by the names of processes
-        self.process = multiprocessing.get_context("fork").Process(target=self.main, name="MainProcess")
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(target=self.main, args=(argv, before), name="MainProcess")
         self.process.start()
         self.pid = self.process.pid
 
-    def main(self) -> None:
+    def main(self, argv: list[str], before: Callable) -> None:
         """What the interpreter does around a script."""
         multiprocessing.process._parent_process = None  # a script takes a process that has a parent for a worker
         os.setsid()
@@ -93,11 +81,11 @@ class Run:
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        sys.argv = self.argv
+        sys.argv = argv
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore them
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        self.before()
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        before()
+        runpy.run_path(argv[0], run_name="__main__")
         gc.collect()  # vector environments close here
 
     @property

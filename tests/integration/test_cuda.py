@@ -1,4 +1,4 @@
-"""The CUDA path: graphs, captured and compiled, and resuming; skipped where there is no GPU."""
+"""The CUDA path: graphs, captured and compiled; skipped where there is no GPU."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import torch
 from conftest import ALL, OFF_POLICY, load_script, make_args
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-METHODS = ["td3_ams.py", "td3_pave.py", "sac_ams.py", "sac_pave.py"]
 SIZES = dict(env_id="Brief-v0", num_envs=1, learning_starts=20, batch_size=32, update_every=1, eval_episodes=1)
 SIZES |= dict(num_steps=50, num_minibatches=4)  # PPO's
 td3 = load_script("baselines/td3.py")
@@ -27,7 +26,7 @@ def run(monkeypatch, tmp_path):
 
     def run(path: str, **changes) -> tuple[Path, dict]:
         load_script(path).train(make_args(path, **SIZES | {"runs_dir": str(tmp_path)} | changes))
-        folder = Path(changes.get("resume") or max(tmp_path.iterdir(), key=lambda folder: folder.stat().st_ctime_ns))
+        folder = max(tmp_path.iterdir(), key=lambda folder: folder.stat().st_ctime_ns)
         checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
         assert all(weight.isfinite().all() for weight in weights(checkpoint).values())
         return folder, checkpoint
@@ -46,26 +45,13 @@ def test_captured_equals_eager(path, run, monkeypatch):
         assert torch.equal(weight, weights(captured)[name]), name
 
 
-@pytest.mark.parametrize("path, seeds", [*((path, 1) for path in ALL), *((path, 5) for path in METHODS)])
-def test_trains_compiled_and_captured(path, seeds, run):
-    """The default path, 300 steps: every layer of actor and critic moves, for each seed."""
-    folder, checkpoint = run(path, num_seeds=seeds, total_timesteps=300)
+@pytest.mark.parametrize("path", ALL)
+def test_trains_compiled_and_captured(path, run):
+    """The default path, 300 steps: every layer of actor and critic moves, for each of 5 seeds."""
+    folder, checkpoint = run(path, num_seeds=5, total_timesteps=300)
     start = weights(torch.load(folder / "policies/step_000000000.pt", weights_only=True, map_location="cpu"))
     for name, weight in weights(checkpoint).items():
-        assert len(weight) == seeds and (weight != start[name]).flatten(1).any(1).all(), name
-
-
-@pytest.mark.parametrize("path", METHODS)
-def test_a_checkpoint_moves_between_cpu_and_gpu(path, run, monkeypatch):
-    """20 updates on each, and Adam counts them all; on the GPU they are captured."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    folder, before = run(path, cuda=False, compile=False, total_timesteps=40)
-    for cuda, total in ((True, 60), (False, 80)):
-        _, after = run(path, resume=str(folder), cuda=cuda, compile=cuda, total_timesteps=total)
-        assert after["step"] == total and after["critic_optimizer"]["state"][0]["step"] == total - 20
-        for name, weight in weights(before).items():
-            assert not torch.equal(weight, weights(after)[name]), name
-        before = after
+        assert len(weight) == 5 and (weight != start[name]).flatten(1).any(1).all(), name
 
 
 def test_graphs_draw_anew_and_see_the_replay_grow():

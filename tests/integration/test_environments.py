@@ -1,7 +1,7 @@
 """Strangers' environments and machines: what has a bounded real action trains in its own units, or is refused."""
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,23 +52,21 @@ def test_is_refused(name, tmp_path):
     check_refused(start(tmp_path / "cwd", name), REFUSED[name][1])
 
 
-@pytest.mark.parametrize("chosen", ["egl", None])
-def test_rendering_is_the_users_choice(chosen, tmp_path):
-    def before() -> None:
-        os.environ.pop("MUJOCO_GL", None)
-        if chosen:
-            os.environ["MUJOCO_GL"] = chosen
-
-    run = start(tmp_path / "cwd", "Unfinished", before)
-    check_refused(run, f"no task given, MUJOCO_GL is {chosen or 'disabled'} (")
-    assert ("MUJOCO_GL=egl lets it render" in run.errors) == (chosen is None)
+@pytest.mark.parametrize("chosen", ["egl", "disabled"])
+def test_rendering_is_the_users_choice(chosen, tmp_path, monkeypatch):
+    """Without one it is disabled, which the message says."""
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    if chosen == "disabled":
+        monkeypatch.delenv("MUJOCO_GL")
+    run = start(tmp_path / "cwd", "Unfinished")
+    check_refused(run, f"no task given, MUJOCO_GL is {chosen} (")
+    assert ("MUJOCO_GL=egl lets it render" in run.errors) == (chosen == "disabled")
 
 
 def test_env_kwargs(tmp_path):
     """Episodes of 7 steps, in training and in the evaluation, and in a resumed run."""
     start(tmp_path, "Cheap", env_kwargs='{"length": 7}').wait(0)
     folder = only_run(tmp_path)
-    assert json.loads((folder / "args.json").read_text())["env_kwargs"] == '{"length": 7}'
     Run(TD3, "--resume", folder, "--total-timesteps", 40, cwd=tmp_path).wait(0)
     assert {row["length"] for row in read_eval(folder)} == {7}
     rows = load(folder / "replay.pt")["rows"][0, :, 0]
@@ -102,39 +100,33 @@ def test_without_a_compiler_that_works(tmp_path):
     assert "no omp.h" in line
 
 
-def check_env(env_id: str, O: int, A: int) -> gym.Env:
-    """A reset and a step of a random action."""
+def check_env(env_id: str) -> tuple[int, int]:
+    """A reset and a step of a random action; the sizes of an observation and of an action."""
     env = td3.make_env(env_id)
     observation, _ = env.reset(seed=0)
     next_observation, reward, *_ = env.step(env.action_space.sample())
     for array in (observation, next_observation):
-        assert array.shape == (O,) and array.dtype == np.float32 and np.isfinite(array).all(), env_id
-    assert env.action_space.shape == (A,) and np.isfinite(reward), env_id
+        assert array.ndim == 1 and array.dtype == np.float32 and np.isfinite(array).all(), env_id
+    assert np.isfinite(reward), env_id
     env.close()
-    return env
+    return len(observation), *env.action_space.shape
 
 
-UNUSABLE = {"Pusher-v4": "mujoco<3", "CarRacing-v3": "it observes images"}
+SUITES = ("gymnasium.envs.mujoco", "gymnasium.envs.box2d", "gymnasium.envs.classic")
+REASONS = "its actions must be a Box of real numbers|mujoco<3|it observes images"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_gymnasiums_environments():
-    """Every MuJoCo, Box2D and classic one with a continuous action."""
-    checked = 0
-    for env_id, spec in gym.registry.items():
-        if not str(spec.entry_point).startswith(
-            ("gymnasium.envs.mujoco", "gymnasium.envs.box2d", "gymnasium.envs.classic")
-        ):
-            continue
-        if env_id in UNUSABLE:
-            with pytest.raises(Exception, match=UNUSABLE[env_id]):
-                td3.make_env(env_id)
-            continue
-        original = gym.make("LunarLanderContinuous-v3" if env_id == "LunarLander-v3" else env_id)
-        if isinstance(original.action_space, gym.spaces.Box):
-            check_env(env_id, *original.observation_space.shape, *original.action_space.shape)
-            checked += 1
-    assert checked >= 26
+    """Every MuJoCo, Box2D and classic one."""
+    refused = set()
+    for env_id in [env_id for env_id, spec in gym.registry.items() if str(spec.entry_point).startswith(SUITES)]:
+        try:
+            check_env(env_id)
+        except Exception as error:
+            assert re.search(REASONS, str(error)), env_id
+            refused.add(env_id)
+    assert refused == {}
 
 
 DM_CONTROL = """
@@ -150,13 +142,11 @@ def test_dm_control(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     for row in DM_CONTROL.replace("\n", " ").split(","):
         env_id, O, A = row.split()
-        check_env(env_id, int(O), int(A))
+        assert check_env(env_id) == (int(O), int(A))
 
 
 def test_humanoidbench():
     """In the environment that README.md makes for it, with pytest beside."""
     pytest.importorskip("humanoid_bench")
     for task in ("walk", "run", "slide", "sit"):
-        env = check_env(f"h1-{task}", 51, 19)
-        assert env.spec.max_episode_steps == 1000
-    assert env.spec.id == "h1-sit_simple-v0"
+        assert check_env(f"h1-{task}") == (51, 19)

@@ -1,36 +1,29 @@
 """Real faults in real runs: kills, full disks, dead and lying environments, numbers that overflow, damaged checkpoints.
 
-The fast part is on TD3; -m slow has SAC and PPO too, and more kills.
+The fast part is on TD3; -m slow has SAC and PPO too.
 """
 
 import io
 import os
-import pickle
 import random
 import re
-import resource
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
 from faulty_envs import GOOD_STEPS
 from gymnasium.vector import AsyncVectorEnv
 from processes import SMALL, Run, contents, flags, load, only_run, read_eval
 from torch.utils._pytree import tree_leaves
 
 TD3, SAC, PPO = "baselines/td3.py", "sac_pave.py", "baselines/ppo.py"
-off_policy = pytest.mark.parametrize("path", [TD3, pytest.param(SAC, marks=pytest.mark.slow)])
-each_script = pytest.mark.parametrize(
-    "path", [TD3, *(pytest.param(path, marks=pytest.mark.slow) for path in (SAC, PPO))]
-)
+SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in (SAC, PPO)]
+each_script = pytest.mark.parametrize("path", [TD3, *SLOW])
 
 
 def impatient() -> None:
@@ -71,39 +64,27 @@ def check_goes_on(path: str, folder: Path) -> int:
 
 # Kills and signals.
 
-MORE = [pytest.param(path, times, marks=pytest.mark.slow) for path, times in ((TD3, 12), (SAC, 9), (PPO, 9))]
 
-
-@pytest.mark.parametrize("path, times", [(TD3, 3), *MORE])
-def test_sigkill(path, times, tmp_path):
-    """One run, killed again and again; every second time while it writes a checkpoint, which it does at every step."""
-    chance = random.Random(times)
+@each_script
+def test_sigkill(path, tmp_path):
+    """One run, killed again and again as it evaluates, learns or writes, which it does at every step."""
     cwd = tmp_path / "run"
+    run = start(path, cwd, eval_every=25, save_every=1)
     last = 0
-    for kill in range(times):
-        for file in cwd.glob("runs/*/*.tmp"):
-            file.unlink()
-        run = Run(path, "--resume", only_run(cwd), cwd=cwd) if kill else start(path, cwd, eval_every=25, save_every=1)
-        run.until(lambda: list(cwd.glob("runs/*/checkpoint.pt")))
-        if kill % 2:
-            time.sleep(chance.uniform(0, 2))  # as it starts, loads, evaluates, learns or writes
-        else:
-            run.until(lambda: max([0, *run.steps]) > last + 10)
-            run.until(lambda: list(cwd.glob("runs/*/*.pt.tmp")))
+    for _ in range(4):
+        run.until(lambda: max([0, *run.steps]) > last + 10)
+        time.sleep(random.uniform(0, 0.3))
         os.kill(run.pid, signal.SIGKILL)
         run.wait(-signal.SIGKILL)
         step = check_goes_on(path, only_run(cwd))
-        assert step >= last and set(range(0, step, 25)) <= {row["step"] for row in read_eval(only_run(cwd))}
+        assert step > last and set(range(0, step, 25)) <= {row["step"] for row in read_eval(only_run(cwd))}
         last = step
+        run = Run(path, "--resume", only_run(cwd), cwd=cwd)
+    run.kill()
 
 
-SIGNALS = [
-    ("SIGTERM", os.kill),
-    ("SIGTERM", os.killpg),
-    ("SIGINT", os.killpg),
-    ("SIGUSR1", os.kill),
-    ("SIGHUP", os.killpg),
-]
+KILL, KILLPG = os.kill, os.killpg  # the trainer alone, its workers too
+SIGNALS = [("SIGTERM", KILL), ("SIGTERM", KILLPG), ("SIGINT", KILLPG), ("SIGUSR1", KILL), ("SIGHUP", KILLPG)]
 
 
 @each_script
@@ -134,13 +115,13 @@ def test_a_second_signal_stops_at_once(tmp_path):
     check_goes_on(TD3, only_run(tmp_path))
 
 
-def test_nohup_and_the_printed_command(tmp_path):
-    """A SIGHUP that the user's shell ignores stays ignored; what SIGTERM prints can be pasted, whatever the folder."""
+def test_the_printed_command(tmp_path):
+    """It can be pasted, whatever the folder; a SIGHUP that the user's shell ignores, as with nohup, stays ignored."""
 
-    def as_nohup() -> None:
+    def before() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    run = start(TD3, tmp_path, before=as_nohup, env_id="Pendulum-v1", runs_dir="it's $HOME")
+    run = start(TD3, tmp_path, before=before, env_id="Pendulum-v1", runs_dir="it's $HOME")
     for number, steps in ((signal.SIGHUP, 40), (signal.SIGTERM, 80)):
         run.until(lambda: steps in run.steps)
         os.kill(run.pid, number)
@@ -149,13 +130,6 @@ def test_nohup_and_the_printed_command(tmp_path):
     step = load(folder / "checkpoint.pt")["step"]
     subprocess.run(f"{command} --total-timesteps {step + 5}", shell=True, cwd=tmp_path, check=True)
     assert load(folder / "checkpoint.pt")["step"] == step + 5
-
-
-def test_the_printed_command_under_uv(monkeypatch):
-    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")  # uv run sets it
-    monkeypatch.setattr(sys, "argv", ["baselines/td3.py", "--seed", "2"])
-    words = shlex.split(load_script(TD3).resume_command(Path("runs/one")))
-    assert words == ["uv", "run", "baselines/td3.py", "--resume", "runs/one"]
 
 
 # Environments and numbers.
@@ -168,61 +142,44 @@ EXPECTED = {
     "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
     "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
 }
-ALONE = [
-    ("Raises", 1),
-    ("NanObservation", 1),
-    ("InfiniteReward", 1),
-]  # a single environment is in the trainer's process
-TOGETHER = [("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)]
+MISBEHAVE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # in the trainer's process
+MISBEHAVE += [("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)]  # in one of its own
+EVALUATION = dict(eval_every=10, save_every=10)  # the third is too long, with 20 steps each
+ROWS = [(*row, {}, 40) for row in MISBEHAVE]
+ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs")]
 
 
 @each_script
-@pytest.mark.parametrize("env, num_envs", ALONE + TOGETHER)
-def test_environment_misbehaves(path, env, num_envs, tmp_path):
-    run = start(path, tmp_path, env, num_envs=num_envs).wait(1)
+@pytest.mark.parametrize("env, num_envs, changes, saved", ROWS)
+def test_environment_misbehaves(path, env, num_envs, changes, saved, tmp_path):
+    """In training, or in an evaluation: the checkpoint before is whole."""
+    run = start(path, tmp_path, env, num_envs=num_envs, **changes).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
-    assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS // 20 * 20
+    assert check_goes_on(path, only_run(tmp_path)) == saved
 
 
-@each_script
-@pytest.mark.parametrize("env", ["Raises", "Dies", "Hangs"])
-def test_environment_misbehaves_in_an_evaluation(path, env, tmp_path):
-    run = start(path, tmp_path, env, eval_every=10, save_every=10).wait(1)
-    assert re.search(EXPECTED[env], run.errors), run.errors
-    assert check_goes_on(path, only_run(tmp_path)) == 10  # it was the third evaluation, of 20 steps each
-
-
-@off_policy
 @pytest.mark.parametrize("env", ["HugeReward", "HugerReward"])
 @pytest.mark.parametrize("log_every", [10, 10**6])
-def test_numbers_overflow(path, env, log_every, tmp_path):
+def test_numbers_overflow(env, log_every, tmp_path):
     """A loss or a network, noticed by the log or by the checkpoint; what was saved before is finite."""
-    run = start(path, tmp_path, env, log_every=log_every, total_timesteps=100, save_every=25).wait(1)
+    run = start(TD3, tmp_path, env, log_every=log_every, total_timesteps=100, save_every=25).wait(1)
     assert "not finite" in run.errors
-    assert check_goes_on(path, only_run(tmp_path)) == GOOD_STEPS  # a replay saved later would hold such rewards
+    assert check_goes_on(TD3, only_run(tmp_path)) == GOOD_STEPS  # a replay saved later would hold such rewards
 
 
-# Files. /dev/full refuses every write, as a full disk does; a file-size limit refuses those beyond it.
+# Files. /dev/full refuses every write, as a full disk does.
 
 
-@off_policy
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.pt, half", "replay.pt", "eval.csv"])
-def test_disk_full(path, name, tmp_path):
-    start(path, tmp_path, total_timesteps=40).wait(0)
+@pytest.mark.parametrize("name", ["checkpoint.pt", "replay.pt", "eval.csv"])
+def test_disk_full(name, tmp_path):
+    start(TD3, tmp_path, total_timesteps=40).wait(0)
     folder = only_run(tmp_path)
-    half = (folder / "checkpoint.pt").stat().st_size // 2
-
-    def before() -> None:
-        if "half" in name:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-        else:
-            (folder / f"{name}.tmp").symlink_to("/dev/full")
-
+    (folder / f"{name}.tmp").symlink_to("/dev/full")
     words = ["--resume", folder, "--total-timesteps", 80, "--eval-every", 20]
-    run = Run(path, *words, cwd=tmp_path, before=before).wait(1)
-    assert re.search("No space left on device|file write failed|File too large|unexpected pos", run.errors), run.errors
+    run = Run(TD3, *words, cwd=tmp_path).wait(1)
+    assert re.search("No space left on device|file write failed|unexpected pos", run.errors), run.errors
     (folder / f"{name}.tmp").unlink(missing_ok=True)
-    assert check_goes_on(path, folder) == 40
+    assert check_goes_on(TD3, folder) == 40
 
 
 class Payload:
@@ -238,14 +195,8 @@ def damaged(file: Path) -> list[bytes]:
     state = load(file)
     payload = {**state, "step": Payload(), "rows": Payload()}
     misshapen = {**state, "rows": torch.zeros(3, 4), "critic": {"fc1.weight": torch.zeros(7)}}
-    found = [
-        b"",
-        b"no checkpoint",
-        whole[: len(whole) // 2],
-        whole[:100] + b"\xff" * 400 + whole[500:],
-        pickle.dumps(payload),
-    ]
-    for other in ({}, {"weights": 0}, misshapen, payload):
+    found = [b"", whole[: len(whole) // 2], whole[:100] + b"\xff" * 400 + whole[500:]]
+    for other in ({}, misshapen, payload):
         buffer = io.BytesIO()
         torch.save(other, buffer)
         found.append(buffer.getvalue())
@@ -255,11 +206,11 @@ def damaged(file: Path) -> list[bytes]:
 def test_damaged_files(tmp_path):
     """Exit status 2, one line, nothing written, no code run."""
     start(TD3, tmp_path / "run", total_timesteps=40).wait(0)
-    start("baselines/sac.py", tmp_path / "other", total_timesteps=5, save_every=5).wait(0)
+    start(SAC, tmp_path / "other", total_timesteps=5, save_every=5).wait(0)
     folder = only_run(tmp_path / "run")
-    foreign = {name: [(only_run(tmp_path / "other") / name).read_bytes()] for name in ("args.json", "checkpoint.pt")}
-    found = {"args.json": [b"", b"{", b"[]", b"null", *foreign["args.json"]]}
-    found["checkpoint.pt"] = damaged(folder / "checkpoint.pt") + foreign["checkpoint.pt"]
+    other = only_run(tmp_path / "other")
+    found = {"args.json": [b"", b"[]", (other / "args.json").read_bytes()]}
+    found["checkpoint.pt"] = [*damaged(folder / "checkpoint.pt"), (other / "checkpoint.pt").read_bytes()]
     found["replay.pt"] = damaged(folder / "replay.pt")
     for name, data in [(file, data) for file in found for data in found[file]]:
         whole = (folder / name).read_bytes()
@@ -269,4 +220,5 @@ def test_damaged_files(tmp_path):
         assert run.errors.count("\n") == 1 and "td3.py: --resume" in run.errors, run.errors
         assert contents(tmp_path / "run") == before and not (tmp_path / "run/payload").exists()
         (folder / name).write_bytes(whole)
-    check_goes_on(TD3, folder)
+    (folder / "replay.pt").unlink()
+    check_goes_on(TD3, folder)  # which gathers a new replay
