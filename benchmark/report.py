@@ -186,26 +186,9 @@ def read_runs_long(runs: list[Run]) -> tuple[list[pd.DataFrame], dict[str, str]]
     return tables, reasons
 
 
-OLD_NAMES = {  # of benchmark/results
-    "AMS, no NTD, no noise": "LayerNorm alone",
-    "AMS, no NTD": "LayerNorm + TD3's noise",
-    "AMS, no LayerNorm": "AMS without LayerNorm",
-    "AMS, radius 0.7": "AMS radius 0.7",
-    "AMS, radius 1.4": "AMS radius 1.4",
-    "PAVE, geometry rows 25": "PAVE, a quarter of the rows",
-}
-
-
 def todays_name(exp_name: str) -> str:
-    """AMS-TD3, no LayerNorm@H200 -> AMS without LayerNorm on TD3@H200; but for @4e9ebee on TD3, which counts as ours.
-
-    TD3's update is the same to the last bit since that commit.
-    """
+    """Runs of commit 4e9ebee on TD3 count as ours: its update is the same to the last bit since then."""
     name, at, mark = exp_name.partition("@")
-    old = re.fullmatch(r"(\w+)-(TD3|SAC)(.*)", name)
-    if old:
-        variant = old[1] + old[3]
-        name = f"{OLD_NAMES.get(variant, variant)} on {old[2]}"
     if mark == "4e9ebee" and name.endswith("TD3"):
         return name
     return name + at + mark

@@ -1,29 +1,24 @@
 """Every script end to end, as a user runs it: a run's files, what it prints, resume, wandb, and users' mistakes."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shutil
-import signal
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALL, ROOT
-from processes import SMALL, Run, contents, flags, load, only_run, read_eval, run_script
+from processes import SMALL, Run, contents, flags, load, only_run, read_eval, start_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TD3 = "baselines/td3.py"
 STEPS = 210  # of a run
-EPISODE = 200  # of Pendulum-v1
-SIZES = SMALL | dict(total_timesteps=STEPS, learning_starts=180, log_every=30, save_every=100, num_steps=70)
+EVALUATED = [*range(0, STEPS, 40), STEPS]
+SIZES = SMALL | dict(total_timesteps=STEPS, learning_starts=180, log_every=30, eval_every=40, num_steps=70)
 COLUMNS = ["step", "transitions", "seed", "episode", "return", "length", "smoothness", "action_fluctuation"]
 
 
@@ -36,14 +31,6 @@ def small_run(request, tmp_path_factory) -> tuple[str, Path, int, int, list[str]
     run = Run(request.param, *flags(request.param, **sizes), cwd=cwd).wait(0)
     assert not run.errors
     return request.param, only_run(cwd), S, N, run.output.splitlines()
-
-
-@pytest.fixture(scope="module")
-def td3_run(tmp_path_factory) -> Path:
-    cwd = tmp_path_factory.mktemp("td3")
-    sizes = SMALL | {"total_timesteps": 60, "num_envs": 1, "eval_episodes": 1}
-    Run(TD3, *flags(TD3, **sizes), cwd=cwd).wait(0)
-    return only_run(cwd)
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -74,14 +61,13 @@ def test_a_run_writes_every_file(small_run):
     args = json.loads((folder / "args.json").read_text())
     assert (args["script"], args["env_id"], args["total_timesteps"]) == (Path(path).stem, "Pendulum-v1", STEPS)
     assert re.fullmatch(rf"Pendulum-v1__{Path(path).stem}__1__\d+", folder.name)
-    assert not list(folder.rglob("*.tmp"))
 
     rows = read_eval(folder)
     assert list(rows[0]) == COLUMNS
     keys = [(row["step"], row["transitions"], row["seed"], row["episode"]) for row in rows]
-    assert keys == [(step, N * step, 1 + seed, index) for step in (0, STEPS) for seed in range(S) for index in range(N)]
+    assert keys == [(step, N * step, 1 + seed, index) for step in EVALUATED for seed in range(S) for index in range(N)]
     for row in rows:
-        assert row["length"] == EPISODE and -2000 < row["return"] < 0
+        assert row["length"] == 200 and -2000 < row["return"] < 0
         assert row["smoothness"] >= 0 and 0 <= row["action_fluctuation"] <= 4  # the range of Pendulum's torque
 
     scalars = read_scalars(folder)
@@ -89,42 +75,40 @@ def test_a_run_writes_every_file(small_run):
     if "ppo" not in path:
         expected |= {"losses/qf_loss", "losses/qf_values", "losses/actor_loss", "diagnostics/action_saturation"}
         expected |= {"diagnostics/critic_grad_norm", "diagnostics/td_target_variance"}
-    if "sac" in path:
-        expected |= {"losses/alpha"}
     if "pave" in path:
         expected |= {"losses/mpr", "losses/vfc", "losses/curv"}
-    assert expected <= scalars.keys() and any(name.startswith("losses/") for name in scalars)
-    assert scalars["charts/transitions"][STEPS] == N * STEPS
+    assert expected <= scalars.keys()
     mean = np.mean([row["return"] for row in rows if row["step"] == STEPS])
     assert scalars["eval/return"][STEPS] == pytest.approx(mean, rel=1e-5)
-    if S == 2:
-        mean, first, second = [scalars[f"charts/episodic_return{seed}"][STEPS] for seed in ("", "_seed_1", "_seed_2")]
-        assert first != second and mean == pytest.approx((first + second) / 2, rel=1e-5)
 
     checkpoint = load(folder / "checkpoint.pt")
-    first = load(folder / "policies/step_000000000.pt")
-    last = load(folder / f"policies/step_{STEPS:09d}.pt")
-    assert checkpoint["step"] == STEPS and len(list((folder / "policies").iterdir())) == 2
+    first, *_, last = [load(file) for file in sorted((folder / "policies").iterdir())]
     for name in ("actor", "critic"):
         assert_equal(last[name], checkpoint[name], name)
         assert any(not torch.equal(weights, first[name][key]) for key, weights in last[name].items()), name
     if "ppo" not in path:
-        replay = load(folder / "replay.pt")
-        assert replay["steps"] == STEPS and replay["rows"].shape[:3] == (S, STEPS, N)
-        assert replay["rows"].isfinite().all()
+        assert load(folder / "replay.pt")["rows"].shape[:3] == (S, STEPS, N)
 
 
 def test_what_a_run_prints(small_run):
     """Each evaluation once, the return, the time left, and what to do next."""
     _, folder, _, _, lines = small_run
-    said = {step: [line for line in lines if line.startswith(f"step {step}/{STEPS} ")] for step in (0, STEPS)}
-    for step in (0, STEPS):
-        assert said[step][-2] == f"step {step}/{STEPS} evaluating"
-        assert said[step][-1].startswith(f"step {step}/{STEPS} eval/return -")
-    assert sum("eval/return" in line for line in lines) == 2
-    assert re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -\d+ left 00:00", said[STEPS][0])
+    for step in EVALUATED:
+        assert lines.count(f"step {step}/{STEPS} evaluating") == 1
+        assert sum(line.startswith(f"step {step}/{STEPS} eval/return -") for line in lines) == 1
+    assert any(re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -\d+ left 00:00", line) for line in lines)
     assert f"runs/{folder.name}" in lines
     assert re.fullmatch(rf"finished runs/{folder.name}: .*play.py .*export.py.*", lines[-1])
+
+
+def test_evaluations_change_no_weight(small_run, tmp_path):
+    """--eval-every 20 and 40: the same networks, optimisers and replay, bit for bit."""
+    path, folder, S, N, _ = small_run
+    sizes = SIZES | {"num_seeds": S, "num_envs": N, "eval_episodes": N, "eval_every": 20}
+    Run(path, *flags(path, **sizes), cwd=tmp_path).wait(0)
+    assert {row["step"] for row in read_eval(only_run(tmp_path))} == {*range(0, STEPS, 20), STEPS}
+    for file in ["checkpoint.pt"] if "ppo" in path else ["checkpoint.pt", "replay.pt"]:
+        assert_equal(load(folder / file), load(only_run(tmp_path) / file), file)
 
 
 def test_resume_is_exact(small_run, tmp_path):
@@ -138,39 +122,10 @@ def test_resume_is_exact(small_run, tmp_path):
     assert run.steps[0] == STEPS + 10 and after["step"] == STEPS + 20
     assert_equal(before, after)
     assert read_eval(copy)[: len(read_eval(folder))] == read_eval(folder)
-    assert list(read_scalars(copy)["eval/return"]) == [0, STEPS, STEPS + 20]
+    assert list(read_scalars(copy)["eval/return"]) == [*EVALUATED, STEPS + 20]
     if "ppo" not in path:
         rows = load(copy / "replay.pt")["rows"]
         assert rows.shape[1] == STEPS + 20 and torch.equal(rows[:, :STEPS], load(folder / "replay.pt")["rows"])
-
-
-@pytest.mark.parametrize("path", ALL)
-def test_evaluations_change_no_weight(path, tmp_path):
-    """--eval-every 20 and 40: the same networks, optimisers and replay, bit for bit."""
-    folders = []
-    for eval_every in (20, 40):
-        cwd = tmp_path / str(eval_every)
-        sizes = SMALL | {"env_id": "faulty_envs:Cheap-v0", "total_timesteps": 120, "eval_every": eval_every}
-        Run(path, *flags(path, **sizes), cwd=cwd).wait(0)
-        folders.append(only_run(cwd))
-        assert {row["step"] for row in read_eval(folders[-1])} == set(range(0, 121, eval_every))
-    for file in ["checkpoint.pt"] if "ppo" in path else ["checkpoint.pt", "replay.pt"]:
-        assert_equal(load(folders[0] / file), load(folders[1] / file), file)
-
-
-def test_resume_without_a_replay_and_with_another_learning_rate(td3_run, tmp_path):
-    """No update before the new replay holds learning_starts steps; with a learning rate of 0 they change no network."""
-    copy = Path(shutil.copytree(td3_run, tmp_path / "run"))
-    (copy / "replay.pt").unlink()
-    changes = flags(TD3, total_timesteps=100, learning_rate=0, log_every=1)
-    Run(TD3, "--resume", copy, *changes, cwd=tmp_path).wait(0)
-    losses = [step for step in read_scalars(copy)["losses/qf_loss"] if step > 60]
-    assert losses == list(range(60 + 20 + 1, 101))
-    before = load(td3_run / "checkpoint.pt")
-    after = load(copy / "checkpoint.pt")
-    assert after["critic_optimizer"]["state"][0]["step"] == before["critic_optimizer"]["state"][0]["step"] + 20
-    for network in ("actor", "critic"):
-        assert_equal(before[network], after[network], network)
 
 
 def check_refused(run: Run, *expected: str) -> None:
@@ -187,15 +142,17 @@ OTHERS = {
     "--num-seeds 2": "num_seeds was 1",
     "--num-envs 3": "num_envs was 1",
     "--buffer-size 10": "buffer_size was 1000",
-    "--total-timesteps 10": "it is at step 60 already, --total-timesteps is 10",
+    "--total-timesteps 10": "it is at step 20 already, --total-timesteps is 10",
 }
 
 
-@pytest.mark.parametrize("words", OTHERS)
-def test_resume_refuses_another_protocol(words, td3_run, tmp_path):
-    before = contents(td3_run)
-    check_refused(Run(TD3, "--resume", td3_run, *words.split(), cwd=tmp_path / "cwd"), OTHERS[words])
-    assert contents(td3_run) == before
+def test_resume_refuses_another_protocol(tmp_path):
+    Run(TD3, *flags(TD3, **SMALL | {"total_timesteps": 20, "num_envs": 1}), cwd=tmp_path / "run").wait(0)
+    folder = only_run(tmp_path / "run")
+    before = contents(folder)
+    for words, message in OTHERS.items():
+        check_refused(Run(TD3, "--resume", folder, *words.split(), cwd=tmp_path / "cwd"), message)
+        assert contents(folder) == before
 
 
 MISTAKES = {
@@ -221,37 +178,14 @@ def test_mistakes(words, tmp_path):
     check_refused(Run("td3_ams.py", "--env-id", "Pendulum-v1", *words.split(), cwd=tmp_path / "cwd"), MISTAKES[words])
 
 
-def test_in_a_terminal(tmp_path):
-    """A bar with the time left, and nothing of it below the message that Ctrl-C gets."""
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # tqdm shows nothing in a width of 0
-
-    def enter_terminal() -> None:
-        os.dup2(end, 1)
-        os.dup2(end, 2)
-
-    words = flags(TD3, **SMALL | {"total_timesteps": 10**6})
-    run = Run(TD3, *words, cwd=tmp_path, before=enter_terminal)
-    os.close(end)
-    screen = ""
-    while "return=" not in screen:
-        screen += os.read(terminal, 1000).decode(errors="replace")
-    os.killpg(run.pid, signal.SIGINT)
-    while "stopped at" not in screen:
-        screen += os.read(terminal, 1000).decode(errors="replace")
-    run.wait(0)
-    assert re.search(r"\d+/1000000 \[\d\d:\d\d<[\d:]+, +[\d.]+step/s, SPS=[\d.]+, return=-[\d.]+\]", screen)
-    visible = [line.split("\r")[-1] for line in screen.replace("\r\n", "\n").split("\n")]
-    assert [line[:15] for line in visible[-3:]] == ["saving, then st", "stopped at step", ""]
-
-
 def test_alone_in_a_folder_and_tracked(tmp_path):
     """A real interpreter, nothing beside the script, an environment named module:id, wandb without a network."""
     script = shutil.copy(ROOT / "td3_pave.py", tmp_path)
     words = flags("td3_pave.py", **SMALL | {"env_id": "faulty_envs:Cheap-v0", "total_timesteps": 40, "eval_every": 20})
     environment = {"WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parent)}
-    run = run_script(script, *words, "--track", cwd=tmp_path, **environment)
-    assert run.returncode == 0, run.stderr
+    process = start_script(script, *words, "--track", cwd=tmp_path, **environment)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     folder = only_run(tmp_path)
 
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
