@@ -11,7 +11,6 @@ counts transitions, tables and figures vector steps, which are env_step / num_en
 
 import base64
 import html
-import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
