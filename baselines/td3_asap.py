@@ -977,11 +977,11 @@ def train(args: Args) -> None:
         return agent.update(replay.sample(args.batch_size), update_actor=True)
 
     if args.compile:
+        print("compiling: half a minute, here and at the first update", flush=True)
         fault = compiler_fault(device)
         if fault:
             print(f"torch.compile does not work here, so the updates run uncompiled: {fault}", flush=True)
         else:
-            print("the first updates are compiled: half a minute", flush=True)
             agent.compile()
         if device.type == "cuda":
             leave_default_stream()

@@ -14,8 +14,8 @@ from gymnasium.wrappers import ClipAction, RescaleAction
 GOOD_STEPS = 50  # before a fault; counted over an instance's episodes
 STATE = Box(-np.inf, np.inf, (2,), np.float32)
 TORQUE = Box(-2, 2, (1,), np.float32)
-LARGEST = np.finfo(np.float32).max
 IMAGE = Box(0, 255, (8, 8, 3), np.uint8)
+LARGEST = np.finfo(np.float32).max
 
 
 class Point(gym.Env):

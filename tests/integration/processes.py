@@ -1,6 +1,7 @@
 """The scripts as processes: start_script as a user does, Run forked from pytest's process, which saves seconds."""
 
 import atexit
+import contextlib
 import csv
 import gc
 import multiprocessing
@@ -25,8 +26,7 @@ torch.set_num_threads(1)  # a forked process cannot use the threads of its paren
 
 @atexit.register
 def kill_what_is_left() -> None:
-    """Of a test that failed; multiprocessing would wait for it."""
-    for process in multiprocessing.active_children():
+    for process in multiprocessing.active_children():  # of a test that failed; multiprocessing would wait for it
         process.kill()
 
 
@@ -130,12 +130,10 @@ class Run:
     def session(self) -> list[int]:
         """It and the processes that it started, as far as they live."""
         members = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+        for process in psutil.process_iter(["status"]):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if os.getsid(process.pid) == self.pid and process.info["status"] != psutil.STATUS_ZOMBIE:
                     members.append(process.pid)
-            except (ProcessLookupError, psutil.NoSuchProcess):  # it has just ended
-                continue
         return members
 
 

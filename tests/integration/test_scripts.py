@@ -1,7 +1,6 @@
 """Every script end to end, as a user runs it: a run's files, what it prints, resume, wandb, and users' mistakes."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALL, ROOT
-from processes import SMALL, Run, contents, flags, load, only_run, read_eval, start_script
+from processes import SMALL, Run, flags, load, only_run, read_eval, start_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TD3 = "baselines/td3.py"
 STEPS = 210  # of a run
 EVALUATED = [*range(0, STEPS, 40), STEPS]
 SIZES = SMALL | dict(total_timesteps=STEPS, learning_starts=180, log_every=30, eval_every=40, num_steps=70)
-COLUMNS = ["step", "transitions", "seed", "episode", "return", "length", "smoothness", "action_fluctuation"]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(path, marks=pytest.mark.xdist_group(path)) for path in ALL])
@@ -55,15 +52,19 @@ def assert_equal(state: object, other: object, name: str = "") -> None:
         assert torch.equal(state, other), name
 
 
-def test_a_run_writes_every_file(small_run):
-    """Readable, and in agreement."""
-    path, folder, S, N, _ = small_run
-    args = json.loads((folder / "args.json").read_text())
-    assert (args["script"], args["env_id"], args["total_timesteps"]) == (Path(path).stem, "Pendulum-v1", STEPS)
+def test_what_a_run_prints_and_writes(small_run):
+    """Each evaluation once, and what to do next; every file, readable, and in agreement."""
+    path, folder, S, N, printed = small_run
+    for step in EVALUATED:
+        assert printed.count(f"step {step}/{STEPS} evaluating") == 1
+        assert sum(line.startswith(f"step {step}/{STEPS} eval/return -") for line in printed) == 1
+    assert any(re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -\d+ left 00:00", line) for line in printed)
+    assert re.fullmatch(rf"finished runs/{folder.name}: .*play.py .*export.py.*", printed[-1])
+
+    assert json.loads((folder / "args.json").read_text())["script"] == Path(path).stem
     assert re.fullmatch(rf"Pendulum-v1__{Path(path).stem}__1__\d+", folder.name)
 
     rows = read_eval(folder)
-    assert list(rows[0]) == COLUMNS
     keys = [(row["step"], row["transitions"], row["seed"], row["episode"]) for row in rows]
     assert keys == [(step, N * step, 1 + seed, index) for step in EVALUATED for seed in range(S) for index in range(N)]
     for row in rows:
@@ -73,8 +74,7 @@ def test_a_run_writes_every_file(small_run):
     scalars = read_scalars(folder)
     expected = {"charts/SPS", "charts/transitions", "charts/episodic_return", "eval/return", "eval/smoothness"}
     if "ppo" not in path:
-        expected |= {"losses/qf_loss", "losses/qf_values", "losses/actor_loss", "diagnostics/action_saturation"}
-        expected |= {"diagnostics/critic_grad_norm", "diagnostics/td_target_variance"}
+        expected |= {"losses/qf_loss", "losses/actor_loss", "diagnostics/td_target_variance"}
     if "pave" in path:
         expected |= {"losses/mpr", "losses/vfc", "losses/curv"}
     assert expected <= scalars.keys()
@@ -88,17 +88,6 @@ def test_a_run_writes_every_file(small_run):
         assert any(not torch.equal(weights, first[name][key]) for key, weights in last[name].items()), name
     if "ppo" not in path:
         assert load(folder / "replay.pt")["rows"].shape[:3] == (S, STEPS, N)
-
-
-def test_what_a_run_prints(small_run):
-    """Each evaluation once, the return, the time left, and what to do next."""
-    _, folder, _, _, lines = small_run
-    for step in EVALUATED:
-        assert lines.count(f"step {step}/{STEPS} evaluating") == 1
-        assert sum(line.startswith(f"step {step}/{STEPS} eval/return -") for line in lines) == 1
-    assert any(re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -\d+ left 00:00", line) for line in lines)
-    assert f"runs/{folder.name}" in lines
-    assert re.fullmatch(rf"finished runs/{folder.name}: .*play.py .*export.py.*", lines[-1])
 
 
 def test_evaluations_change_no_weight(small_run, tmp_path):
@@ -136,37 +125,15 @@ def check_refused(run: Run, *expected: str) -> None:
     assert not list(run.cwd.iterdir())
 
 
-OTHERS = {
-    "--env-id MountainCarContinuous-v0": "env_id was Pendulum-v1",
-    "--seed 2": "seed was 1",
-    "--num-seeds 2": "num_seeds was 1",
-    "--num-envs 3": "num_envs was 1",
-    "--buffer-size 10": "buffer_size was 1000",
-    "--total-timesteps 10": "it is at step 20 already, --total-timesteps is 10",
-}
-
-
-def test_resume_refuses_another_protocol(tmp_path):
-    Run(TD3, *flags(TD3, **SMALL | {"total_timesteps": 20, "num_envs": 1}), cwd=tmp_path / "run").wait(0)
-    folder = only_run(tmp_path / "run")
-    before = contents(folder)
-    for words, message in OTHERS.items():
-        check_refused(Run(TD3, "--resume", folder, *words.split(), cwd=tmp_path / "cwd"), message)
-        assert contents(folder) == before
-
-
 MISTAKES = {
     "--env-id h1-walk": "No module named 'humanoid_bench'",
     "--env-id dog-rnu": "Did you mean: `dog-run`?",
     "--env-id Walker2d-v55": "It provides versioned environments",
-    "--env-id CartPole-v1": "its actions must be a Box of real numbers",
     "--env-kwargs {": "--env-kwargs {: not a JSON object",
-    "--env-kwargs []": "--env-kwargs []: not a JSON object",
     '--env-kwargs {"lenght":1}': "unexpected keyword argument 'lenght'",
     "--learning-rate 1.5": "--learning-rate 1.5: at least 0, at most 1",
     "--gamma nan": "--gamma nan: at least 0",
     "--batch-size 0": "--batch-size 0: at least 1",
-    "--num-envs two": "two",
     "--resume runs/none": "--resume runs/none: no run of this script",
     "--runs-dir /dev/null/runs": "cannot be written: Not a directory (--runs-dir names another place)",
     "--buffer-size 4000000000 --total-timesteps 4000000000": "the replay cannot fit",
@@ -195,9 +162,8 @@ def test_alone_in_a_folder_and_tracked(tmp_path):
     for line in map(json.loads, lines):
         records.setdefault(line["type"], []).append(line[line["type"]])
     (logged,) = records["run"]
-    config = logged["config"]["update"]
-    assert (logged["run_group"], logged["project"]) == ("faulty_envs:Cheap-v0__td3_pave", "smoothq")
-    assert (logged["display_name"], config["env_id"]) == (folder.name, "faulty_envs:Cheap-v0")
+    assert logged["display_name"] == folder.name
+    assert logged["config"]["update"]["env_id"] == "faulty_envs:Cheap-v0"
     assert records["metric"][0]["step_metric"] == "global_step"
     history = [entry["item"] for entry in records["history"]]
     for name, series in read_scalars(folder).items():  # the names and steps of TensorBoard
