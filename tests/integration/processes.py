@@ -22,6 +22,8 @@ from conftest import ROOT, load_script
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
+# Autograd starts threads once, for the devices known then: let it be before a compiled function makes a GPU known.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @atexit.register
