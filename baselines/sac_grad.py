@@ -522,15 +522,7 @@ def in_own_units(actions: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
     return scaled.clip(low, high).astype(box.dtype)
 
 
-def make_envs(args: Args, seeds: list[int]) -> gym.vector.VectorEnv:
-    """An environment for each seed, several with a process each. infos["final_obs"] has an ended episode's last one."""
-    make_vector = OneEnv if len(seeds) == 1 else gym.vector.AsyncVectorEnv
-    makers = [partial(make_seeded_env, args, seed) for seed in seeds]
-    return make_vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
-
 def make_seeded_env(args: Args, seed: int) -> gym.Env:
-    """In a worker of its own, unless it is the only environment."""
     if multiprocessing.parent_process():
         for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
             signal.signal(number, signal.SIG_IGN)
@@ -542,14 +534,68 @@ def make_seeded_env(args: Args, seed: int) -> gym.Env:
     return make_env(args.env_id, args.env_kwargs)
 
 
-class OneEnv(gym.vector.SyncVectorEnv):
-    """One environment in this process, with AsyncVectorEnv's two calls for a step."""
+class EnvGroup(gym.vector.SyncVectorEnv):
+    """Environments that share a process."""
+
+    def __init__(self, args: Args, seeds: list[int]):
+        makers = [partial(make_seeded_env, args, seed) for seed in seeds]
+        super().__init__(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """infos["final_obs"] [n, O] is where the step led; an ended episode's observation is the next one's first."""
+        observations, rewards, terminations, truncations, infos = super().step(actions)
+        final_observations = observations.copy()
+        done = terminations | truncations
+        if done.any():
+            final_observations[done] = np.stack(infos["final_obs"][done])
+        return observations, rewards, terminations, truncations, {"final_obs": final_observations}
 
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions
 
     def step_wait(self, timeout: float) -> tuple:
-        return self.step(self.actions)
+        """observations, rewards, terminations, truncations and final observations."""
+        *columns, infos = self.step(self.actions)
+        return *columns, infos["final_obs"]
+
+
+class EnvWorkers:
+    """Groups of environments with a process each, called as one EnvGroup is."""
+
+    def __init__(self, groups: list[Callable]):
+        self.groups = gym.vector.AsyncVectorEnv(groups, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+    def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
+        seeds = np.reshape(seed, (self.groups.num_envs, -1)).tolist()
+        observations, infos = self.groups.reset(seed=seeds)
+        return np.concatenate(observations), infos
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.groups.step_async(actions.reshape(self.groups.action_space.shape))
+
+    def step_wait(self, timeout: float) -> tuple:
+        *columns, infos = self.groups.step_wait(timeout)
+        return tuple(np.concatenate(column) for column in (*columns, infos["final_obs"]))
+
+    def close(self) -> None:
+        self.groups.close()
+
+
+def group_size(count: int) -> int:
+    """How many of count environments share a process: 1 where there are cores enough. All groups have as many."""
+    size = (count - 1) // CORES + 1
+    while count % size:
+        size -= 1
+    return size
+
+
+def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
+    """An environment for each seed; a single group runs in this process."""
+    size = group_size(len(seeds))
+    if size == len(seeds):
+        return EnvGroup(args, seeds)
+    groups = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    return EnvWorkers([partial(EnvGroup, args, group) for group in groups])
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
@@ -600,16 +646,17 @@ def smoothness(actions: np.ndarray) -> float:
     return float((2 / T * (frequencies @ spectrum)).mean())
 
 
-def evaluate(policy: Callable, envs: gym.vector.VectorEnv, args: Args, step: int, box: gym.spaces.Box) -> list[dict]:
+def evaluate(policy: Callable, envs: EnvGroup | EnvWorkers, args: Args, step: int, box: gym.spaces.Box) -> list[dict]:
     """An episode of the deterministic policy in each environment: rows of eval.csv; none if told to stop meanwhile.
 
     smoothness and action_fluctuation, 1/T sum_t |a_t - a_(t-1)| (LipsNet, ICML 2023), are in box's units, the
     environment's own.
     """
-    observations, _ = envs.reset(seed=start_seeds(args, step, True, envs.num_envs))
-    running = np.ones(envs.num_envs, bool)
-    returns = np.zeros(envs.num_envs)
-    lengths = np.zeros(envs.num_envs, int)
+    count = args.num_seeds * args.eval_episodes
+    observations, _ = envs.reset(seed=start_seeds(args, step, True, count))
+    running = np.ones(count, bool)
+    returns = np.zeros(count)
+    lengths = np.zeros(count, int)
     actions = []
     while running.any() and len(actions) < EPISODE_LIMIT:
         if STOP_REQUESTS:
@@ -811,6 +858,7 @@ class Log:
 
 # ------------------------------------------------------------------------------------------------------------- training
 
+CORES = torch.get_num_threads()  # that this process may use: those that are there, or OMP_NUM_THREADS
 STOP_REQUESTS = []  # when a signal asked to save and stop
 STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SLURM sends SIGUSR1 if asked to, a closed terminal SIGHUP
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]  # Windows lacks two
@@ -883,9 +931,10 @@ def resume_command(folder: Path) -> str:
     return shlex.join([*launcher, sys.argv[0], "--resume", str(folder)])
 
 
-def prepare_process(num_workers: int) -> None:
+def prepare_process(num_envs: int) -> None:
     """Threads, memory and rendering, before the first tensor."""
-    free_cores = torch.get_num_threads() - num_workers + 1
+    num_workers = num_envs // group_size(num_envs)
+    free_cores = CORES - num_workers + 1
     torch.set_num_threads(max(1, min(4, free_cores)))
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
@@ -991,12 +1040,9 @@ def train(args: Args) -> None:
             for index in range(args.update_every):
                 update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
                 metrics |= update()
-        next_observations, rewards, terminations, truncations, infos = envs.step_wait(timeout=300)
+        next_observations, rewards, terminations, truncations, final_observations = envs.step_wait(timeout=300)
 
-        done = terminations | truncations
-        final_observations = next_observations.copy()
-        if done.any():  # there next_observations already begin the next episode
-            final_observations[done] = np.stack(infos["final_obs"][done])
+        done = terminations | truncations  # there next_observations already begin the next episode
         check_finite(step, observation=final_observations, reward=rewards)
         replay.add(Batch(observations, actions, final_observations, previous_observations, rewards, terminations))
         previous_observations = np.where(done[:, None], next_observations, observations)

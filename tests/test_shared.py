@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -54,12 +53,6 @@ def test_smoothness_is_the_formula(T):
     coefficients = np.exp(-2j * np.pi * np.outer(k, np.arange(T)) / T) @ actions
     expected = (2 / T * k / T * np.abs(coefficients).mean(1)).sum()
     assert td3.smoothness(actions) == pytest.approx(expected, rel=1e-9)
-
-
-def test_in_own_units():
-    box = gym.spaces.Box(np.array([-2.0, 1.0, 0.0]), np.array([2.0, 1.0, 10.0]), dtype=np.float64)
-    actions = np.array([[1.0, 0.3, -0.5], [-0.5, -1.0, 1.0]])
-    assert td3.in_own_units(actions, box).tolist() == [[2, 1, 2.5], [-1, 1, 10]]  # the second dimension is constant
 
 
 @pytest.mark.parametrize("path", ALL)

@@ -1,4 +1,4 @@
-"""Environments of unusual shapes, and some that misbehave: --env-id faulty_envs:Raises-v0."""
+"""Environments of unusual spaces, and some that misbehave: --env-id faulty_envs:Raises-v0. None has metadata."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from functools import partial
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from gymnasium.wrappers import ClipAction, RescaleAction
 
 GOOD_STEPS = 50  # before a fault; counted over an instance's episodes
@@ -69,6 +69,11 @@ def bits(state):
     return {"door": np.array([True, False]), "gear": 2, "state": np.float32(state), "touch": np.ones(2, np.int8)}
 
 
+def nested(state):
+    clock = (int(state[0] > 0), np.float32(state[1:]))
+    return {"place": np.float32([state]), "clock": clock}
+
+
 def raises(observation, reward):
     raise ValueError("the robot fell off the table\nand broke")
 
@@ -88,12 +93,15 @@ FAULTS = {
     "HugerReward": lambda observation, reward: (observation, 2e38),  # its gradient is
 }
 BITS = Dict(door=Box(0, 1, (2,), bool), gear=Discrete(4), state=STATE, touch=MultiBinary(2))
+NESTED = Dict(place=Box(-9, 9, (1, 2)), clock=Tuple([Discrete(3), Box(-9, 9, (1,))]))
+FORCES = Box(np.float32([[-1, -2, 0], [-1, -2, 0]]), np.float32([[1, 2, 3], [1, 2, 3]]))
 SOUND = {  # and the numbers in an observation and in an action
     "Cheap": (Point, 2, 1),
     "List": (partial(Point, observe=np.ndarray.tolist), 2, 1),
     "Bits": (partial(Point, observation_space=BITS, observe=bits), 10, 1),
     "Scalar": (partial(Point, Box(-2, 2, ()), Box(-99, 99, ()), lambda state: np.float32(state[0])), 1, 1),
     "Matrix": (partial(Point, Box(-2, 2, (2, 3)), Box(-99, 99, (3, 2)), lambda state: np.float32([state] * 3)), 6, 6),
+    "Nested": (partial(Point, FORCES, NESTED, nested), 6, 6),
     "Locked": (partial(Point, Box(np.float32([-1, 0.5]), np.float32([1, 0.5]))), 2, 2),
     "Rescaled": (lambda: RescaleAction(Point(), np.float32(0), np.float32(5)), 2, 1),
     "Clipped": (lambda: ClipAction(Point()), 2, 1),

@@ -50,6 +50,11 @@ def flags(path: str, **values: object) -> list[str]:
     return words
 
 
+def use_cores(count: int) -> None:
+    """What a script takes the machine to have: that many of its environments step at a time."""
+    torch.get_num_threads = lambda: count
+
+
 def start_script(path: str, *flags: object, cwd: Path, **environment: str) -> subprocess.Popen:
     """A Python of its own, in the folder cwd, on one thread; its output in pipes, as text."""
     command = [sys.executable, str(ROOT / path), *map(str, flags)]

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from faulty_envs import GOOD_STEPS
 from gymnasium.vector import AsyncVectorEnv
-from processes import SMALL, Run, contents, flags, load, only_run, read_eval
+from processes import SMALL, Run, contents, flags, load, only_run, read_eval, use_cores
 from torch.utils._pytree import tree_leaves
 
 TD3, SAC, PPO = "baselines/td3.py", "sac_pave.py", "baselines/ppo.py"
@@ -26,7 +26,8 @@ each_script = pytest.mark.parametrize("path", [TD3, *SLOW])
 
 
 def impatient() -> None:
-    """5 s instead of 300 for an environment to answer."""
+    """Two environments have a process each, and 5 s instead of 300 to answer."""
+    use_cores(2)
     wait = AsyncVectorEnv.step_wait
     AsyncVectorEnv.step_wait = lambda self, timeout=None: wait(self, 5)
 

@@ -19,19 +19,3 @@ def test_the_committed_numbers_are_those_of_the_csvs(tmp_path):
     assert figures
     for figure in figures:
         assert (tmp_path / "benchmark/results" / figure).stat().st_size > 10_000, figure
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_no_paragraph_begins_with_a_block(name):
-    """Markdown would take its line for HTML."""
-    text = (ROOT / name).read_text()
-    for block, value in re.findall(r"^<!-- (\w+) -->(.*?)<!-- /\1 -->", text, re.MULTILINE | re.DOTALL):
-        assert value.startswith("\n"), block
-
-
-def test_the_page_is_one_page():
-    text = (ROOT / TEXTS[1]).read_text()
-    seen = re.sub(r"<!-- /?\w+ -->|\]\([\w./#]+\)", "", text)
-    words = [word for word in seen.split() if re.search("[a-zA-Z]", word)]
-    assert len(text.splitlines()) <= 90
-    assert len(words) <= 800

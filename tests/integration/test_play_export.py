@@ -21,10 +21,12 @@ import play
 pytestmark = pytest.mark.xdist_group("play")
 STEPS = 40
 SECOND = STEPS // 2  # of three evaluations
-ROBOT = "robots:Robot-v0"
+ROBOT = "faulty_envs:Robot-v0"
 PAVE = ("td3_pave.py", "Pendulum-v1")
-ON_ROBOT = ("baselines/td3.py", ROBOT)
-RUNS = [PAVE, ON_ROBOT, ("baselines/sac_asap.py", "robots:Locked-v0"), ("baselines/ppo.py", "robots:Rescaled-v0")]
+NESTED = ("baselines/td3.py", "faulty_envs:Nested-v0")
+LOCKED = ("baselines/sac_asap.py", "faulty_envs:Locked-v0")
+RESCALED = ("baselines/ppo.py", "faulty_envs:Rescaled-v0")
+RUNS = [PAVE, NESTED, LOCKED, RESCALED]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def trained(tmp_path_factory):
     def train(script: str, env_id: str) -> Path:
         cwd = tmp_path_factory.mktemp("run")
         values = {"env_id": env_id, "num_seeds": 2, "num_envs": 1, "total_timesteps": STEPS, "eval_every": SECOND}
-        values["env_kwargs"] = '{"payload": 2.0}' if env_id == ROBOT else "{}"
+        values["env_kwargs"] = '{"length": 15}' if env_id == NESTED[1] else "{}"
         Run(script, *flags(script, **SMALL | values), cwd=cwd).wait(0)
         return only_run(cwd)
 
@@ -55,7 +57,7 @@ def test_scores_are_those_of_the_evaluation(trained, capsys, path, env_id):
 
 
 def test_delay_is_in_steps_and_noise_in_deviations(trained):
-    player = play.load_player(trained(*ON_ROBOT))
+    player = play.load_player(trained(*NESTED))
     box = player.env.action_box
     (late,) = play.play(player, [3], play.Disturbance(delay=2))
     at_once = [player.script.in_own_units(play.act(player.agent, row), box) for row in late.observations]
@@ -90,12 +92,12 @@ def test_interrupted_film_leaves_nothing(trained, tmp_path):
 
 def test_mistakes_end_in_one_line(trained, tmp_path):
     pendulum = trained(*PAVE)
-    robot = trained(*ON_ROBOT)
+    robot = trained(*NESTED)
     for words, message in [
         (["runs/none"], "runs/none: not a run"),
         ([pendulum, "--seed", 3], f"seeds 1 to 2 and policies of the steps 0, {SECOND}, {STEPS}"),
         ([pendulum, robot], "is of another environment"),
-        ([robot, "--film"], f"{ROBOT} takes no render_mode"),
+        ([robot, "--film"], f"{NESTED[1]} takes no render_mode"),
         ([trained("baselines/td3.py", "Hopper-v5"), "--film"], "MUJOCO_GL=egl and libegl1"),
     ]:
         before = partial(os.environ.update, MUJOCO_GL="disabled")

@@ -29,7 +29,8 @@ COMMANDS = re.findall(
 @pytest.mark.slow
 def test_commands(tmp_path):
     pytest.importorskip("ray")  # the extra
-    (tmp_path / "my_robot.py").write_text("import robots\n")  # which registers a Robot-v0
+    robot = "import faulty_envs, gymnasium as gym\ngym.register('Robot-v0', lambda payload: faulty_envs.Point())\n"
+    (tmp_path / "my_robot.py").write_text(robot)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}"}
     for command in COMMANDS:
         script, *words = shlex.split(command)

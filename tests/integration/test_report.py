@@ -68,12 +68,6 @@ def test_intervals_pair_by_seed():
     assert 1 <= bounds[0] < 2 < bounds[1] <= 3
 
 
-def test_every_figure_of_the_papers_is_of_a_cell():
-    printed = report.paper_figures()
-    assert {key[:2] for key in printed} < report.CELLS.keys()
-    assert printed["PAVE on TD3", "Walker2d-v5", "smoothness", None] == "1.272 ± 0.172"
-
-
 def write_run(folder: Path, cell: Cell, seed: int, returns: dict, training=(), **changes):
     """A run's folder with eval.csv, returns {step: of its episodes}, and TensorBoard's returns, {step: one}."""
     args = {**dataclasses.asdict(cell_args(cell)), "seed": seed, "exp_name": cell.method, **changes}
@@ -124,5 +118,4 @@ def test_a_real_run_from_training_to_the_page(tmp_path, monkeypatch):
         assert list(zip(table.step, table.seed)) == [(step, seed) for step in (0, 20, 40) for seed in (1, 2)]
         assert np.isfinite(table).all(axis=None) and table[column].nunique() >= 4  # nothing is learnt before 20
     report.main(report.Options((folder,), output=tmp_path))
-    for name in ("avg_return", "shift"):
-        assert (tmp_path / f"other_runs_Pendulum-v1_{name}.png").exists()
+    assert (tmp_path / "other_runs_Pendulum-v1_avg_return.png").exists()

@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALL, ROOT
-from processes import SMALL, Run, flags, load, only_run, read_eval, start_script
+from processes import SMALL, Run, flags, load, only_run, read_eval, start_script, use_cores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 210  # of a run
@@ -25,7 +26,7 @@ def small_run(request, tmp_path_factory) -> tuple[str, Path, int, int, list[str]
     S, N = [(2, 1), (1, 2)][ALL.index(request.param) % 2]
     cwd = tmp_path_factory.mktemp("run")
     sizes = SIZES | {"num_seeds": S, "num_envs": N, "eval_episodes": N}
-    run = Run(request.param, *flags(request.param, **sizes), cwd=cwd).wait(0)
+    run = Run(request.param, *flags(request.param, **sizes), cwd=cwd, before=partial(use_cores, 2)).wait(0)
     assert not run.errors
     return request.param, only_run(cwd), S, N, run.output.splitlines()
 
