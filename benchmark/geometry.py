@@ -3,7 +3,7 @@
     python benchmark/geometry.py runs/Pendulum-v1__td3_pave__*
 
 writes geometry.csv and target_shift.csv into each run's folder, a row for each saved policy and seed; what a file has
-already is not computed again. Of a base and a PAVE run it draws report/surface_*.png, which report.py shows.
+already is not computed again. report.py has the tables.
 
 geometry.csv, PAVE's quantities (section "Empirical Validation of the Theory"), of the first critic at (s, a(s)) along
 the episodes of the deterministic policy: M_sup, the largest spectral norm of the mixed Hessian; the share of states
@@ -24,18 +24,13 @@ from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from suites import is_of, pave_cells
 from torch import Tensor
 
-from runs import Run, file_name, load_agent, load_policy, load_script, policies, runs_in
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from runs import Run, load_agent, load_policy, load_script, policies, runs_in
 
 # columns of the two files, but for step, seed and states
 GEOMETRY = ("M_sup", "negative_definite_rate", "mean_cosine", "flip_rate")
@@ -208,70 +203,12 @@ def target_shift_rows(networks: Networks, replay: Tensor, step: int) -> list[dic
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- surfaces
-
-SIDE = 50  # points of the paper's sweep, and how far it goes
-STATE_REACH = 1.0
-ACTION_REACH = 1.5
-
-
-def reached_state(networks: Networks) -> Tensor:
-    """The state [1, O] that the first seed's policy reaches after 20 steps."""
-    observation, _ = networks.env.reset(seed=networks.args.seed)
-    for _ in range(20):
-        action = networks.seed_act(0, torch.from_numpy(observation).unsqueeze(0))
-        observation, _, terminated, truncated, _ = networks.env.step(action.squeeze(0).numpy())
-        if terminated or truncated:
-            break
-    return torch.from_numpy(observation).unsqueeze(0)
-
-
-def surface(networks: Networks, state: Tensor, state_dim: int, action_dim: int) -> np.ndarray:
-    """The norm of the first seed's mixed Hessian, [SIDE, SIDE]: state down, action (around the policy's own) across."""
-    observations = state.repeat(SIDE**2, 1)
-    actions = networks.seed_act(0, state).repeat(SIDE**2, 1)
-    observations[:, state_dim] += torch.linspace(-STATE_REACH, STATE_REACH, SIDE).repeat_interleave(SIDE)
-    actions[:, action_dim] += torch.linspace(-ACTION_REACH, ACTION_REACH, SIDE).repeat(SIDE)
-    _, mixed, _ = derivatives(networks.value(0, slice(1)), observations, actions)
-    return torch.linalg.matrix_norm(mixed, 2).view(SIDE, SIDE).numpy()
-
-
-def draw_surfaces(env_id: str, backbone: str, runs: dict[str, Run], folder: Path) -> None:
-    """runs: Base and PAVE. The dimensions are those of the largest mixed partial of Base's critic at its state."""
-    found = {}
-    for name, run in runs.items():
-        networks = Networks(*load_agent(run))
-        load_policy(networks.agent, list(policies(run).values())[-1])
-        if not found:
-            state = reached_state(networks)
-            _, mixed, _ = derivatives(networks.value(0, slice(1)), state, networks.seed_act(0, state))
-            action_dim, state_dim = divmod(mixed.abs().argmax().item(), mixed.shape[2])
-        found[name] = surface(networks, state, state_dim, action_dim)
-        networks.env.close()
-    top = float(np.percentile(found["Base"], 99))
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharey=True, layout="constrained")
-    for axis, (name, norms) in zip(axes, found.items()):
-        extent = (-ACTION_REACH, ACTION_REACH, -STATE_REACH, STATE_REACH)
-        image = axis.imshow(norms, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=top, cmap="viridis")
-        axis.set_title(f"{name}, largest {norms.max():.3g}")
-        axis.set_xlabel(f"action {action_dim + 1}, from the policy's own")
-    axes[0].set_ylabel(f"observation {state_dim + 1}, from the state's own")
-    figure.colorbar(image, ax=axes, label="norm of the mixed Hessian", extend="max")
-    figure.suptitle(f"{env_id}, {backbone.upper()}, seed {runs['Base'].args['seed']}", fontsize=10)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"surface_{file_name(env_id)}_{backbone}.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(path)
-
-
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
 @dataclass
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # runs, or folders of runs
-    output: Path = Path("report")  # where the surface figures go
 
     def __post_init__(self):
         if not runs_with_critics(self):
@@ -320,15 +257,6 @@ def main(options: Options) -> None:
                 lambda step: target_shift_rows(networks, replay, step),
             )
         networks.env.close()
-    for env_id in dict.fromkeys(run.args["env_id"] for run in runs):
-        for backbone in ("td3", "sac"):
-            shown = {}
-            for cell in pave_cells(backbone, (env_id,), ("base", "pave")):
-                for run in runs:
-                    if is_of(run, cell):
-                        shown["Base" if cell.method == "base" else "PAVE"] = run
-            if len(shown) == 2:
-                draw_surfaces(env_id, backbone, shown, options.output)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ counts transitions, tables and figures vector steps, which are env_step / num_en
 import base64
 import html
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
-from geometry import GEOMETRY, RADII, SHIFT
+from geometry import GEOMETRY, SHIFT
 from intervals import interquartile_mean, interval, paired_difference
 from suites import SUITES, cell_args, is_of, name_of, other_arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,9 +58,6 @@ LABELS = {
 # Most of Paul Tol's "muted" and "bright" that have a contrast of 3 to white; colour-blind readers tell them apart.
 COLOURS = ("#000000", "#CC3311", "#0077BB", "#117733", "#AA4499", "#808000", "#882255", "#D55E00", "#332288", "#777777")
 COLOURS += ("#009078", "#8C564B", *map(matplotlib.colors.to_hex, plt.get_cmap("tab20b").colors))
-PAVE_ORDER = ("Base", "PAVE", "CAPS", "GRAD", "ASAP", "PAVE, a quarter of the rows", "PAVE without Curv", "Curv alone")
-AMS_ORDER = ("TD3", "AMS", "LayerNorm alone", "AMS without LayerNorm", "LayerNorm + TD3's noise", "AMS radius 0.7")
-AMS_ORDER += ("TD3 without noise", "AMS without LayerNorm, radius 0.7", "SAC", "PPO")
 
 PAVE_NOTE = """Deterministic policy; smoothness and fluctuation in the environment's units. M_sup and the other columns
 of the critic: first critic, along the evaluation's episodes; M_sup is no finer than ±50 %, the paper's tables disagree
@@ -352,21 +350,6 @@ def summary_html(sections: list[tuple[Section, list[tuple]]], curves: Curves) ->
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each; a method of the tables has the same one in all figures, unless another one there has it."""
-    colours = {}
-    names = list(dict.fromkeys(names))
-    for order in (PAVE_ORDER, AMS_ORDER):
-        for name, colour in zip(order, COLOURS):
-            if name in names and colour not in colours.values():
-                colours.setdefault(name, colour)
-    free = [colour for colour in COLOURS if colour not in colours.values()]
-    for name in names:
-        if name not in colours:
-            colours[name] = free.pop(0)
-    return colours
-
-
 def save_figure(path: Path, axis: plt.Axes, title: str) -> Path:
     figure = axis.figure
     handles, labels = axis.get_legend_handles_labels()
@@ -430,10 +413,11 @@ def paper_points(name: str, env_id: str, metric: str, curve: pd.DataFrame, paper
     return points
 
 
-def plane_figure(path: Path, section: Section, names: list[str], env_id: str, curves: Curves) -> Path:
+def plane_figure(
+    path: Path, section: Section, colours: dict[str, str], names: list[str], env_id: str, curves: Curves
+) -> Path:
     """Return less the seed's own base against smoothness, with intervals: up and to the left is better."""
     _, axis = plt.subplots(layout="constrained")
-    colours = colours_of(shown(name, section) for name in names)
     for name in names:
         step = last_step(curves, name, env_id, "avg_return")
         returns = values_at(curves, name, env_id, "avg_return", step)
@@ -442,7 +426,7 @@ def plane_figure(path: Path, section: Section, names: list[str], env_id: str, cu
         if less_base.empty:
             continue
         label = shown(name, section)
-        colour = colours[label]
+        colour = colours[name]
         x = smoothness.mean()
         y = less_base.mean()
         axis.plot(x, y, "o", ms=7, color=colour, label=f"{label}, {counted(len(less_base), 'seed')}")
@@ -457,47 +441,15 @@ def plane_figure(path: Path, section: Section, names: list[str], env_id: str, cu
     return save_figure(path, axis, env_id)
 
 
-def shift_figure(path: Path, section: Section, names: list[str], env_id: str, curves: Curves) -> Path:
-    """The shift of AMS's target against its radius, a panel a method, a dot a seed; clipped and unclipped."""
-    width = 2.6 * len(names) + 1.2
-    figure, axes = plt.subplots(1, len(names), figsize=(width, 3.4), sharey=True, squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names):
-        step = last_step(curves, name, env_id, "unclipped_shift_radius_0.2")
-        for prefix, colour, label in (("", "#CC3311", "clipped to the box"), ("unclipped_", "#0077BB", "unclipped")):
-            metrics = [f"{prefix}shift_radius_{radius}" for radius in RADII]
-            shifts = pd.DataFrame([values_at(curves, name, env_id, metric, step) for metric in metrics], index=RADII)
-            for _, seed in shifts.items():
-                axis.plot(RADII, seed.abs(), ".", color=colour)
-            axis.plot(RADII, shifts.mean(axis=1).abs(), color=colour, label=label)
-            axis.plot(RADII, shifts.mean(axis=1).where(lambda mean: mean < 0).abs(), "x", color=colour, ms=8)
-            if not prefix:
-                start = abs(shifts.mean(axis=1).iloc[0])
-        for slope, dashes in ((1, ":"), (2, "--")):
-            guide = start * (np.array(RADII) / RADII[0]) ** slope
-            axis.plot(RADII, guide, dashes, color="#777777", lw=1, label=f"slope {slope}")
-        axis.set(xscale="log", yscale="log", xlabel="radius", xticks=RADII, xticklabels=map(str, RADII))
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-        title = f"{shown(name, section)}, {counted(shifts.shape[1], 'seed')}, {step:,} vector steps"
-        axis.set_title("\n".join(textwrap.wrap(title, 28)), fontsize=9)
-    axes[0, 0].set_ylabel("shift of the target, |Q(mu) - mean|")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(names) == 1 else 4, frameon=False)
-    figure.suptitle("\n".join(textwrap.wrap(f"{env_id}; a cross: below 0", 60)), fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
 def figures(
     section: Section, places: list[tuple], curves: Curves, paper: dict, peers: Curves, folder: Path
 ) -> Iterator[Path]:
-    """A panel a file, so that a narrow page shows one below the other."""
+    """A panel a file, so that a narrow page shows one below the other; a method has one colour in all of them."""
+    colours = dict(zip(dict.fromkeys(name for name, *_ in (*places, *peers)), cycle(COLOURS)))
     for env_id in dict.fromkeys(env_id for _, env_id in places):
         names = [name for name, environment in places if environment == env_id]
         prefix = file_name(f"{section.name}_{env_id}")
         rivals = [name for name, environment, _ in peers if environment == env_id]
-        colours = colours_of([*(shown(name, section) for name in names), *rivals])
         for metric in [metric for table in section.tables for metric in table]:
             if metric in (*MINUTES, *SHIFT):
                 continue
@@ -507,7 +459,7 @@ def figures(
                 if curve is not None and len(curve.loc[1:]):
                     label = shown(name, section)
                     points = paper_points(name, env_id, metric, curve, paper)
-                    lines.append(Line(label, colours[label], curve, points))
+                    lines.append(Line(label, colours[name], curve, points))
             if not any(len(line.curve.loc[1:]) > 1 for line in lines):
                 continue
             longest = max(line.curve.index[-1] for line in lines)
@@ -518,10 +470,7 @@ def figures(
             yield curve_figure(folder / f"{prefix}_{metric}.png", env_id, metric, lines)
         smooth = [name for name in names if (name, env_id, "smoothness") in curves]
         if section.base in smooth and "smoothness" in section.tables[0]:
-            yield plane_figure(folder / f"{prefix}_plane.png", section, smooth, env_id, curves)
-        shifted = [name for name in names if (name, env_id, "unclipped_shift_radius_0.05") in curves]
-        if shifted:
-            yield shift_figure(folder / f"{prefix}_shift.png", section, shifted, env_id, curves)
+            yield plane_figure(folder / f"{prefix}_plane.png", section, colours, smooth, env_id, curves)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -577,8 +526,6 @@ def main(options: Options) -> None:
         rows[COLUMNS].to_csv(options.output / f"{section.name}.csv", index=False, float_format="%.6g")
         found = [table_html(section, places, metrics, curves, paper) for metrics in section.tables]
         paths = list(figures(section, places, curves, paper, peers, options.output))
-        if section.name.startswith("pave"):
-            paths += sorted(options.output.glob(f"surface_*_{section.scripts[0]}.png"))  # geometry.py's
         images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
         page.append((section, found, images))
     template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html.jinja").read_text())

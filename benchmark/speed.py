@@ -4,7 +4,6 @@
     python benchmark/speed.py --cores 2 --peers FOLDER     # and CleanRL's and LeanRL's scripts in FOLDER
     python benchmark/speed.py "td3_ams.py --env-id dog-run" "OLD/td3_ams.py --env-id dog-run"             # any commands
     python benchmark/speed.py "baselines/td3.py --num-seeds 5" "td3_pave.py --env-id blind_env:Blind-17-6-v0"
-    python benchmark/speed.py --profile "td3_ams.py --env-id dog-run"      # where an iteration's time goes
 
 A command is a Python script with its flags, from the repository's root or any other, that prints "step 500/...",
 "global_step=500", a tqdm bar or CleanRL's "SPS:". Every process is held to the same --cores; rounds are interleaved and
@@ -17,7 +16,6 @@ appended to --output as a row.
 import csv
 import os
 import re
-import runpy
 import shlex
 import statistics
 import subprocess
@@ -58,8 +56,6 @@ class Options:
     timeout: float = 600.0
     """seconds after which a command that shows no such step has failed"""
     output: Path = Path("report/speed.csv")
-    profile: str = ""
-    """a script with its flags, run once under torch.profiler"""
     worker: str = ""
     """library:algorithm, what the benchmark itself starts"""
 
@@ -158,24 +154,9 @@ def time_command(command: str, options: Options) -> float:
     return seeds * (step - first_step) / (now - first_time)
 
 
-def profile(command: str, options: Options) -> None:
-    """Runs a script to --settle + --steps in this process; prints the operators that take longest."""
-    import torch
-
-    script, *flags = shlex.split(command)
-    sys.argv = [script, *OURS, "--total-timesteps", str(options.settle + options.steps), *flags]
-    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
-        os.chdir(folder)
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-
-
 def main(options: Options) -> None:
     if options.worker:
         return train_peer(options)
-    if options.profile:
-        return profile(options.profile, options)
     commands = {command: command for command in options.commands} or libraries(options)
     rates = {name: [] for name in commands}
     options.output.parent.mkdir(parents=True, exist_ok=True)
