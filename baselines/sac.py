@@ -507,13 +507,13 @@ def make_seeded_env(args: Args, seed: int) -> gym.Env:
         if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    random.seed(seed)  # for an environment that draws from these: forked workers have equal ones
+    random.seed(seed)  # for an environment that draws from these, of which forked workers have equal ones
     np.random.seed(seed)
     return make_env(args.env_id, args.env_kwargs)
 
 
 class EnvGroup(gym.vector.SyncVectorEnv):
-    """Environments that share a process."""
+    """Environments of one process; where an episode ends, the next one begins at once."""
 
     def __init__(self, args: Args, seeds: list[int]):
         makers = [partial(make_seeded_env, args, seed) for seed in seeds]
@@ -538,9 +538,10 @@ class EnvGroup(gym.vector.SyncVectorEnv):
 
 
 class EnvWorkers:
-    """Groups of environments with a process each, called as one EnvGroup is."""
+    """Groups of environments, each group in a process of its own: called as a single EnvGroup is."""
 
     def __init__(self, groups: list[Callable]):
+        # DISABLED: a group resets its own
         self.groups = gym.vector.AsyncVectorEnv(groups, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:

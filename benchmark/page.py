@@ -333,7 +333,7 @@ def library_rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed_claim(data: Data) -> Claim:
-    """Holds where we are ahead on every CPU."""
+    """Holds where we are ahead by a twentieth on every CPU; rounds differ by that much."""
     shown = []
     worst = np.inf
     for machine, rows in data.speed[data.speed.cores == 1].groupby("machine", sort=False):
@@ -341,7 +341,9 @@ def speed_claim(data: Data) -> Claim:
         ratio = rates.loc["smoothq"] / rates.loc["sbx-rl (JAX)"]
         shown.append(f"{machine} {listed(ratio, 2)}")
         worst = min(worst, *ratio)
-    word = "holds" if worst > 1.02 else "not seen"
+    word = "not seen"
+    if worst > 1:
+        word = "holds" if worst > 1.05 else "likely"
     return Claim("TD3, SAC outpace sbx-rl on one core", "", "; ".join(shown), "", word)
 
 
