@@ -72,14 +72,14 @@ class Args:
     seed: int = 1  # the first of num_seeds successive seeds
     num_seeds: int = 1  # S, independent seeds trained side by side
     num_envs: int = 1  # N, parallel environments of each seed
-    total_timesteps: int = 1_000_000  # vector steps: each advances every environment
+    total_timesteps: int = 1_000_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
     cuda: bool = True  # use the GPU where there is one
-    compile: bool = True  # torch.compile the updates, on a GPU as one CUDA graph: half a minute at first
+    compile: bool = True  # torch.compile the updates, on a GPU as CUDA graphs: half a minute at first
     log_every: int = 500  # vector steps between two points of the log
     eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
     eval_episodes: int = 10  # of each seed
@@ -391,7 +391,7 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
         free = psutil.virtual_memory().available / 1e9
         if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
             free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
-    print(f"the replay takes {gigabytes:.2f} GB when full; {free:.1f} GB of memory are free", flush=True)
+    print(f"a full replay needs {gigabytes:.2f} GB; {free:.1f} GB of memory are free", flush=True)
     if gigabytes > free:
         fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
 
@@ -404,7 +404,7 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
 
     module:id imports your module, which registers the id; env_kwargs is JSON. kwargs: play.py's render_mode.
     """
-    if env_id == "LunarLander-v3":
+    if env_id == "LunarLander-v3":  # its actions are discrete
         env_id = "LunarLanderContinuous-v3"
     elif env_id.startswith("dm_control/"):
         env_id = f"shimmy:{env_id}"
@@ -501,13 +501,7 @@ def in_own_units(actions: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
 
 
 def make_seeded_env(args: Args, seed: int) -> gym.Env:
-    if multiprocessing.parent_process():
-        for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
-            signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    random.seed(seed)  # for an environment that draws from these, of which forked workers have equal ones
+    random.seed(seed)  # for an environment that draws from these: workers begin with copies of the trainer's
     np.random.seed(seed)
     return make_env(args.env_id, args.env_kwargs)
 
@@ -560,9 +554,25 @@ class EnvWorkers:
         self.groups.close()
 
 
+def make_worker(args: Args, seeds: list[int], trainer: int) -> EnvGroup:
+    """A worker's group; AsyncVectorEnv makes one in the trainer too, the process of that number, to see its spaces."""
+    if os.getpid() != trainer:
+        for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return EnvGroup(args, seeds)
+
+
+def count_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
 def group_size(count: int) -> int:
-    """How many of count environments share a process: 1 where there are cores enough. All groups have as many."""
-    size = (count - 1) // CORES + 1
+    """How many of count environments a process has, a divisor: one, or more where they outnumber the cores."""
+    size = (count - 1) // count_cores() + 1
     while count % size:
         size -= 1
     return size
@@ -574,7 +584,7 @@ def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
     if size == len(seeds):
         return EnvGroup(args, seeds)
     groups = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    return EnvWorkers([partial(EnvGroup, args, group) for group in groups])
+    return EnvWorkers([partial(make_worker, args, group, os.getpid()) for group in groups])
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
@@ -837,7 +847,6 @@ class Log:
 
 # ------------------------------------------------------------------------------------------------------------- training
 
-CORES = torch.get_num_threads()  # that this process may use: those that are there, or OMP_NUM_THREADS
 STOP_REQUESTS = []  # when a signal asked to save and stop
 STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SLURM sends SIGUSR1 if asked to, a closed terminal SIGHUP
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]  # Windows lacks two
@@ -913,12 +922,12 @@ def resume_command(folder: Path) -> str:
 def prepare_process(num_envs: int) -> None:
     """Threads, memory and rendering, before the first tensor."""
     num_workers = num_envs // group_size(num_envs)
-    free_cores = CORES - num_workers + 1
-    torch.set_num_threads(max(1, min(4, free_cores)))
+    free_cores = max(1, count_cores() - num_workers + 1)  # a single worker is this process
+    torch.set_num_threads(min(4, free_cores, torch.get_num_threads()))  # OMP_NUM_THREADS; more than 4 gain nothing
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; an old glibc refuses the first
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -1013,7 +1022,7 @@ def train(args: Args) -> None:
             actions = policy(observations, explore=True)
         check_finite(step, action=actions)
         envs.step_async(actions)
-        # While the environments step. A run that resumes without its replay fills a new one first.
+        # While the workers' environments step. A run that resumes without its replay fills a new one first.
         if replay.steps >= args.learning_starts and step % args.update_every == 0:
             for index in range(args.update_every):
                 update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
@@ -1039,7 +1048,7 @@ def train(args: Args) -> None:
     envs.close()
     eval_envs.close()
     log.close()
-    if step < args.total_timesteps:
+    if is_stopped:
         print(f"stopped at step {step}; go on with: {resume_command(folder)}")
     else:
         print(f"finished {folder}: benchmark/play.py shows its policy, benchmark/export.py exports it")

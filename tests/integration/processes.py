@@ -51,8 +51,8 @@ def flags(path: str, **values: object) -> list[str]:
 
 
 def use_cores(count: int) -> None:
-    """What a script takes the machine to have: that many of its environments step at a time."""
-    torch.get_num_threads = lambda: count
+    """What a script takes the machine to have: its environments share that many processes."""
+    os.sched_getaffinity = lambda pid: set(range(count))
 
 
 def start_script(path: str, *flags: object, cwd: Path, **environment: str) -> subprocess.Popen:
@@ -73,7 +73,7 @@ class Run:
         self.logs = [cwd.parent / f"{cwd.name}_{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
         for log in self.logs:
             log.touch()
-        # faulty_envs.py and the scripts go by the names of processes
+        # faulty_envs.py goes by the names of processes
         fork = multiprocessing.get_context("fork")
         self.process = fork.Process(target=self.main, args=(argv, before), name="MainProcess")
         self.process.start()
@@ -81,7 +81,6 @@ class Run:
 
     def main(self, argv: list[str], before: Callable) -> None:
         """What the interpreter does around a script."""
-        multiprocessing.process._parent_process = None  # a script takes a process that has a parent for a worker
         os.setsid()
         os.chdir(self.cwd)
         for number, log in enumerate(self.logs, 1):
