@@ -69,7 +69,7 @@ class Args:
     env_id: str = "Walker2d-v5"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
     env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
-    num_seeds: int = 1  # S, independent seeds trained side by side
+    num_seeds: int = 1  # S, independent seeds trained side by side; a run of one of them alone draws other numbers
     num_envs: int = 1  # N, parallel environments of each seed
     total_timesteps: int = 1_000_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
