@@ -618,7 +618,7 @@ def draw_quadruped(data: Data, path: Path) -> None:
     axis.axhline(ESCAPE, color=GREY, lw=1, ls="--", zorder=0)
     axis.annotate(f"escape: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
     axis.set_xticks(range(3), list(GRID["LayerNorm"]))
-    axis.set(xlim=(-0.5, 2.5), ylim=(170, 680), xlabel="what smooths the target")
+    axis.set(xlim=(-0.5, 2.5), ylim=(130, 680), xlabel="what smooths the target")
     axis.set_ylabel("training return, last 20,000 steps")
     handles = [plt.Line2D([], [], marker="o", color=colour, ls="", label=critic) for critic, colour in colours.items()]
     for seed, marker in SEEDS.items():
