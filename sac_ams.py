@@ -608,7 +608,7 @@ class EnvWorkers:
     """Groups of environments, each group in a process of its own: called as a single EnvGroup is."""
 
     def __init__(self, groups: list[Callable]):
-        # DISABLED: a group resets its own
+        # a group starts the next episodes itself
         self.groups = gym.vector.AsyncVectorEnv(groups, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
@@ -628,7 +628,7 @@ class EnvWorkers:
 
 
 def make_worker(args: Args, seeds: list[int], trainer: int) -> EnvGroup:
-    """A worker's group; AsyncVectorEnv makes one in the trainer too, the process of that number, to see its spaces."""
+    """A worker's group. AsyncVectorEnv also makes one in the trainer, whose process id is given, to see its spaces."""
     if os.getpid() != trainer:
         for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
             signal.signal(number, signal.SIG_IGN)
@@ -644,7 +644,7 @@ def count_cores() -> int:
 
 
 def group_size(count: int) -> int:
-    """How many of count environments a process has, a divisor: one, or more where they outnumber the cores."""
+    """How many of count environments share a process: 1 if there are cores enough. Every group has as many."""
     size = (count - 1) // count_cores() + 1
     while count % size:
         size -= 1
@@ -996,7 +996,8 @@ def prepare_process(num_envs: int) -> None:
     """Threads, memory and rendering, before the first tensor."""
     num_workers = num_envs // group_size(num_envs)
     free_cores = max(1, count_cores() - num_workers + 1)  # a single worker is this process
-    torch.set_num_threads(min(4, free_cores, torch.get_num_threads()))  # OMP_NUM_THREADS; more than 4 gain nothing
+    allowed = torch.get_num_threads()  # obeys OMP_NUM_THREADS
+    torch.set_num_threads(min(4, free_cores, allowed))  # more than 4 gain nothing
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)

@@ -295,39 +295,31 @@ class Agent:
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared TD errors of both critics, plus PAVE's weighted losses [S], and what to log."""
-        args = self.args
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
-            targets = batch.rewards + args.gamma * (1 - batch.terminations) * next_values
-        if args.mpr_weight or args.vfc_weight or args.curvature_weight:
-            values, mpr, vfc, curv = self.values_and_pave_losses(batch)
-            penalty = args.mpr_weight * mpr + args.vfc_weight * vfc + args.curvature_weight * curv
-            metrics = {"losses/mpr": mpr, "losses/vfc": vfc, "losses/curv": curv}
-        else:
-            values = self.critic(batch.observations, batch.actions)  # [S, 2, B]
-            penalty = 0.0
-            metrics = {}
+            targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values
+        values, penalty, pave_metrics = self.values_and_penalty(batch)
         loss = (values - targets.unsqueeze(1)).square().mean(2).sum(1)
-        metrics |= {"losses/qf_loss": loss, "losses/qf_values": values}
-        metrics["diagnostics/td_target_variance"] = targets.var(1)
-        return loss + penalty, metrics
+        metrics = {"losses/qf_loss": loss, "losses/qf_values": values, "diagnostics/td_target_variance": targets.var(1)}
+        return loss + penalty, metrics | pave_metrics
 
-    def values_and_pave_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Q(s, a) [S, 2, B] of the batch; MPR, VFC and Curv [S] of its first geometry_rows."""
+    def values_and_penalty(self, batch: Batch) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """Q(s, a) [S, 2, B] of the batch; PAVE's weighted losses [S], on its first geometry_rows; and what to log."""
         args = self.args
+        if not (args.mpr_weight or args.vfc_weight or args.curvature_weight):
+            return self.critic(batch.observations, batch.actions), 0.0, {}
         R = args.geometry_rows or args.batch_size
-        observations = batch.observations[:, :R]
-        actions = batch.actions[:, :R]
-        next_observations = batch.next_observations[:, :R]
-        noise = args.sigma * torch.randn_like(observations)
-        probes = 2.0 * torch.randint_like(actions, 2) - 1  # Rademacher
+        rows = Batch(*[column[:, :R] for column in batch])
+        noise = args.sigma * torch.randn_like(rows.observations)
+        probes = 2.0 * torch.randint_like(rows.actions, 2) - 1  # Rademacher
         values, mpr, vfc, curv = pave_losses(
-            self.critic, observations, actions, next_observations, noise, probes, args.delta
+            self.critic, rows.observations, rows.actions, rows.next_observations, noise, probes, args.delta
         )
         if R < args.batch_size:
             other_values = self.critic(batch.observations[:, R:], batch.actions[:, R:])
             values = torch.cat([values, other_values], 2)
-        return values, mpr, vfc, curv
+        penalty = args.mpr_weight * mpr + args.vfc_weight * vfc + args.curvature_weight * curv
+        return values, penalty, {"losses/mpr": mpr, "losses/vfc": vfc, "losses/curv": curv}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the first critic's value of the actor's actions [S], and what to log."""
@@ -341,8 +333,7 @@ class Agent:
             next_actions, perturbed_actions = self.actor(around).chunk(2, 1)
             temporal = args.caps_temporal_weight
             spatial = args.caps_spatial_weight
-            caps = caps_loss(actions, next_actions, perturbed_actions, temporal, spatial)
-            loss = loss + caps
+            loss = loss + caps_loss(actions, next_actions, perturbed_actions, temporal, spatial)
         return loss, {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
 
     def critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
@@ -642,7 +633,7 @@ class EnvWorkers:
     """Groups of environments, each group in a process of its own: called as a single EnvGroup is."""
 
     def __init__(self, groups: list[Callable]):
-        # DISABLED: a group resets its own
+        # a group starts the next episodes itself
         self.groups = gym.vector.AsyncVectorEnv(groups, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
     def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
@@ -662,7 +653,7 @@ class EnvWorkers:
 
 
 def make_worker(args: Args, seeds: list[int], trainer: int) -> EnvGroup:
-    """A worker's group; AsyncVectorEnv makes one in the trainer too, the process of that number, to see its spaces."""
+    """A worker's group. AsyncVectorEnv also makes one in the trainer, whose process id is given, to see its spaces."""
     if os.getpid() != trainer:
         for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
             signal.signal(number, signal.SIG_IGN)
@@ -678,7 +669,7 @@ def count_cores() -> int:
 
 
 def group_size(count: int) -> int:
-    """How many of count environments a process has, a divisor: one, or more where they outnumber the cores."""
+    """How many of count environments share a process: 1 if there are cores enough. Every group has as many."""
     size = (count - 1) // count_cores() + 1
     while count % size:
         size -= 1
@@ -1030,7 +1021,8 @@ def prepare_process(num_envs: int) -> None:
     """Threads, memory and rendering, before the first tensor."""
     num_workers = num_envs // group_size(num_envs)
     free_cores = max(1, count_cores() - num_workers + 1)  # a single worker is this process
-    torch.set_num_threads(min(4, free_cores, torch.get_num_threads()))  # OMP_NUM_THREADS; more than 4 gain nothing
+    allowed = torch.get_num_threads()  # obeys OMP_NUM_THREADS
+    torch.set_num_threads(min(4, free_cores, allowed))  # more than 4 gain nothing
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)
