@@ -921,11 +921,13 @@ def resume_command(folder: Path) -> str:
 
 def prepare_process(num_envs: int) -> None:
     """Threads, memory and rendering, before the first tensor."""
+    from torch import _dynamo  # noqa: F401  (loads Triton, which crashes once MUJOCO_GL=egl has loaded Mesa's LLVM)
+
     num_workers = num_envs // group_size(num_envs)
     free_cores = max(1, count_cores() - num_workers + 1)  # a single worker is this process
     allowed = torch.get_num_threads()  # obeys OMP_NUM_THREADS
     torch.set_num_threads(min(4, free_cores, allowed))  # more than 4 gain nothing
-    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered; EGL can load an LLVM that crashes Triton
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; an old glibc refuses the first

@@ -99,8 +99,6 @@ def render(env: gym.Env) -> np.ndarray:
 
 def make_film_env(script: ModuleType, args: Any) -> gym.Env:
     """The environment, which renders; a user's mistake where it does not."""
-    import torch._dynamo  # noqa: F401  (an optimiser imports it, with Triton, which crashes once Mesa's EGL is loaded)
-
     gym.logger.min_level = gym.logger.ERROR  # it warns of what ends in a line here
     sys.unraisablehook = lambda _: None  # a renderer's __del__ fails, when half made and at exit
     try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
+import torch._dynamo
 
 ROOT = Path(__file__).resolve().parent.parent
 
