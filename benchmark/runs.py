@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
-import torch._dynamo
+import torch._dynamo  # loads Triton, which crashes once MUJOCO_GL=egl has loaded Mesa's LLVM
 
 ROOT = Path(__file__).resolve().parent.parent
 
