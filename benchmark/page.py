@@ -16,145 +16,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
-from geometry import RADII
 from intervals import interval
-from play import Disturbance, load_player, play, scores_of
-from report import COLUMNS, KEYS, MINUTES, TRAINING, read_runs_long
+from page_data import (
+    ESCAPE,
+    GAMMA,
+    LIBRARIES,
+    OTHER_RADII,
+    OUR_METHODS,
+    PAVE_METHODS,
+    PENDULUM,
+    PENDULUM_STEPS,
+    QUADRUPED,
+    QUADRUPED_STEPS,
+    RESULTS,
+    SEEDS,
+    SHORT_RUNS,
+    Data,
+    Methods,
+    add_runs,
+    cores_text,
+    differences_of,
+    dog_run_curve,
+    grid_cells,
+    library_rates,
+    machines,
+    ratios_of,
+    read_data,
+    short_values,
+)
+from page_figures import FIGURES, draw_front
 from scipy import stats
 
-from runs import ROOT, Run, read_runs
+from runs import ROOT, read_runs
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
-RESULTS = ROOT / "benchmark" / "results"
-PAPER = ROOT / "benchmark" / "paper" / "figures.csv"
 README_CLAIMS = 8  # README.md has the table's first rows
-
-# Paul Tol's, with a contrast of more than 3 to white; colour-blind readers tell them apart.
-BLUE = "#0077BB"
-RED = "#CC3311"
-GREEN = "#117733"
-PURPLE = "#AA4499"
-OLIVE = "#808000"
-GREY = "#777777"
-BLACK = "#000000"
-
-PENDULUM = "Pendulum-v1"
-PENDULUM_STEPS = 100_000
-QUADRUPED = "quadruped-run"
-QUADRUPED_STEPS = 200_000
-SEEDS = {"0": "o", "42": "s", "123": "^"}  # quadruped-run's, as figure 1 draws them
-ESCAPE = 400  # a training return that lying on the side does not reach
-GAMMA = 0.99  # AMS's
-NO_NOISE = "TD3 without noise"
-GRID = {  # quadruped-run: critic -> what smooths its target -> method
-    "LayerNorm": {
-        "nothing": "LayerNorm alone on TD3",
-        "AMS's neighbourhood": "AMS on TD3",
-        "TD3's noise": "LayerNorm + TD3's noise on TD3",
-    },
-    "no LayerNorm": {
-        "nothing": NO_NOISE,
-        "AMS's neighbourhood": "AMS without LayerNorm on TD3",
-        "TD3's noise": "TD3",
-    },
-}
-OTHER_RADII = ("AMS radius 0.7 on TD3", "AMS without LayerNorm, radius 0.7 on TD3")
-SHORT_RUNS = {  # by their --exp-name; for figure 2
-    "short_ams": "AMS",
-    "short_layer_norm_alone": "LayerNorm alone",
-    "short_ams_without_layer_norm": "AMS without LayerNorm",
-    "short_td3": "TD3",
-}
-PAVE_METHODS = {
-    "Base": BLACK,
-    "PAVE": BLUE,
-    "PAVE, a quarter of the rows": GREEN,
-    "CAPS": RED,
-    "GRAD": PURPLE,
-    "ASAP": OLIVE,
-    "PAVE without Curv": GREY,
-    "Curv alone": "#882255",
-}
-LIBRARIES = {  # in speed.csv's commands
-    "smoothq": r"^baselines/{}\.py",
-    "sbx-rl (JAX)": r"sbx:{}",
-    "CleanRL": r"^cleanrl/cleanrl/{}_",
-    "stable-baselines3": r"stable_baselines3:{}",
-    "LeanRL": r"^leanrl/leanrl/{}_",
-}
-OUR_METHODS = {"AMS on TD3": "td3_ams.py", "PAVE on TD3": "td3_pave.py", "PAVE on SAC": "sac_pave.py"}
-
-
-# ------------------------------------------------------------------------------------------------------------- the data
-
-
-class Data(NamedTuple):
-    """What the page is made of."""
-
-    runs: pd.DataFrame  # report.COLUMNS, step and pair: a seed's runs of different methods that may be compared
-    paper: pd.DataFrame
-    speed: pd.DataFrame
-    gpu: pd.DataFrame
-    run_times: pd.DataFrame
-    dog_run_others: pd.DataFrame
-
-    def seeds(self, name: str, metric: str, step: int, env_id: str = PENDULUM) -> pd.Series:
-        """The values of a method at a step, by pair; empty where there are none."""
-        rows = self.runs
-        rows = rows[(rows.exp_name == name) & (rows.env_name == env_id)]
-        rows = rows[(rows.metric == metric) & (rows.step == step)]
-        return rows.set_index("pair").value
-
-    def printed(self, name: str, env_id: str, metric: str, table: str) -> float:
-        """A paper's figure."""
-        rows = self.paper
-        rows = rows[(rows.name == name) & (rows.env_id == env_id) & (rows.metric == metric)]
-        return float(rows[rows.table == table].value.iloc[0])
-
-
-def read_data() -> Data:
-    tables = [pd.read_csv(path) for path in sorted(RESULTS.glob("*.csv"))]
-    runs = pd.concat([table for table in tables if "metric" in table and "env_step" in table])
-    runs["step"] = runs.env_step // runs.num_envs
-    # TD3's update is the same to the last bit since that commit, but a seed's start states are others.
-    early = runs.exp_name.str.endswith("TD3@4e9ebee")
-    runs["pair"] = runs.seed.astype(str).where(~early, runs.seed.astype(str) + " at 4e9ebee")
-    counted = early | runs.exp_name.str.endswith("@others")
-    runs["exp_name"] = runs.exp_name.where(~counted, runs.exp_name.str.split("@").str[0])
-    runs = pd.concat([runs[~early], runs[early]]).drop_duplicates([*KEYS, "metric", "step"])  # today's go first
-    names = ("speed", "gpu", "run_times", "dog_run_others")
-    return Data(runs, pd.read_csv(PAPER), *(pd.read_csv(RESULTS / f"{name}.csv") for name in names))
-
-
-def rows_of(run: Run) -> pd.DataFrame:
-    """A run in the CSVs' form; of what training logs, the mean over the steps before each evaluation."""
-    tables, _ = read_runs_long([run])
-    rows = tables[0]
-    rows = rows[~rows.metric.isin(MINUTES)]
-    every = run.args["eval_every"] * run.args["num_envs"]
-    last = rows.env_step.max()
-    until_evaluation = (np.ceil(rows.env_step / every).astype(int) * every).clip(upper=last)
-    rows = rows.assign(env_step=until_evaluation.where(rows.metric.isin(TRAINING), rows.env_step))
-    keys = [column for column in COLUMNS if column != "value"]
-    return rows.groupby(keys).value.mean().reset_index()[COLUMNS]
-
-
-def add_runs(path: Path, runs: Iterable[Run]) -> None:
-    """Puts runs into a CSV, in the place of what it has of the same method, environment and seed."""
-    added = pd.concat(map(rows_of, runs))
-    if path.exists():
-        old = pd.read_csv(path)
-        same = pd.MultiIndex.from_frame(old[KEYS]).isin(pd.MultiIndex.from_frame(added[KEYS]))
-        added = pd.concat([old[~same], added])
-    added = added.sort_values([*KEYS, "metric", "env_step"], kind="stable")
-    added.to_csv(path, index=False, float_format="%.6g")
-    print(path)
 
 
 # ------------------------------------------------------------------------------------------------- numbers and verdicts
@@ -216,23 +114,6 @@ class Claim(NamedTuple):
     verdict: str
 
 
-class Methods(NamedTuple):
-    """Two that are compared, and the sign that a claim gives their difference in a metric."""
-
-    ours: str
-    base: str
-    metric: str
-    sign: int
-    digits: int = 0
-
-
-def differences_of(data: Data, methods: Methods, step: int = PENDULUM_STEPS, env_id: str = PENDULUM) -> pd.Series:
-    """By seed."""
-    ours = data.seeds(methods.ours, methods.metric, step, env_id)
-    base = data.seeds(methods.base, methods.metric, step, env_id)
-    return (ours - base).dropna()
-
-
 def printed_difference(data: Data, methods: Methods, env_id: str, source: str) -> str:
     ours = data.printed(methods.ours, env_id, methods.metric, source)
     base = data.printed(methods.base, env_id, methods.metric, source)
@@ -287,13 +168,6 @@ def pave_claims(data: Data) -> list[Claim]:
     return claims
 
 
-def ratios_of(data: Data, ours: str, base: str, metric: str, base_metric: str) -> pd.Series:
-    """On quadruped-run at its last step, by seed."""
-    above = data.seeds(ours, metric, QUADRUPED_STEPS, QUADRUPED)
-    below = data.seeds(base, base_metric, QUADRUPED_STEPS, QUADRUPED)
-    return (above / below).dropna()
-
-
 def shift_claim(data: Data) -> Claim:
     """Theorem 3.3's shift is the curvature's, so quadratic in the radius."""
     near = 0.2
@@ -305,31 +179,12 @@ def shift_claim(data: Data) -> Claim:
     return Claim(text, number(theirs), with_interval(ratios, 1), str(len(ratios)), word)
 
 
-def dog_run_curve(data: Data) -> pd.Series:
-    """The evaluation return of the run of AMS that got furthest, by vector step."""
-    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.metric == "avg_return")]
-    rows = rows[rows.exp_name.str.startswith("AMS on TD3")]
-    furthest = rows.loc[rows.step == rows.step.max(), "exp_name"].iloc[0]
-    return rows[rows.exp_name == furthest].groupby("step").value.mean()
-
-
 def dog_claim(data: Data) -> Claim:
     curve = dog_run_curve(data)
     step = curve.index[-1]
     printed = data.printed("AMS on TD3", "dog-run", "training_return", "AMS, table 2")
     ours = f"{number(curve.iloc[-1])} at {step:,}"
     return Claim("AMS learns dog-run", f"{number(printed)} at 1,000,000", ours, "1", "open")
-
-
-def library_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """The median rates of the libraries on one machine with so many cores: libraries down, TD3 and SAC across."""
-    rates = {}
-    for algorithm in ("td3", "sac"):
-        for library, pattern in LIBRARIES.items():
-            found = rows[rows.command.str.contains(pattern.format(algorithm))]
-            if len(found):
-                rates[(library, algorithm.upper())] = found.vector_steps_per_second.median()
-    return pd.Series(rates).unstack().reindex(index=LIBRARIES, columns=["TD3", "SAC"]).dropna()
 
 
 def speed_claim(data: Data) -> Claim:
@@ -387,11 +242,6 @@ def quadruped_table(data: Data) -> str:
     if has_saturation:
         columns.append("saturated actions")
     return table(columns, rows)
-
-
-def grid_cells() -> list[tuple[str, str, str]]:
-    """critic, what smooths the target, method."""
-    return [(critic, smoothing, name) for critic, row in GRID.items() for smoothing, name in row.items()]
 
 
 def other_cells(data: Data) -> list[tuple[str, str, str]]:
@@ -460,24 +310,6 @@ def speed_table(data: Data) -> str:
         cells.append(listed(on_gpu[names]) if names[0] in on_gpu else "")
     rows.append([*cells, *[""] * len(OUR_METHODS)])
     return table(["TD3, SAC", *LIBRARIES, *OUR_METHODS], rows)
-
-
-def cores_text(cores: int) -> str:
-    return f"{cores} core" if cores == 1 else f"{cores} cores"
-
-
-def machines(data: Data) -> list[tuple[str, int, pd.DataFrame]]:
-    """machine, cores and its rows of speed.csv."""
-    groups = data.speed.groupby(["machine", "cores"], sort=False)
-    return [(machine, cores, rows) for (machine, cores), rows in groups]
-
-
-def short_values(data: Data, name: str, metric: str) -> float | None:
-    """Of a short run at its last step."""
-    rows = data.runs[(data.runs.exp_name == name) & (data.runs.metric == metric)]
-    if rows.empty:
-        return None
-    return float(rows.loc[rows.step == rows.step.max(), "value"].iloc[0])
 
 
 def clip_text(data: Data) -> str:
@@ -586,227 +418,6 @@ def filled(text: str, blocks: dict[str, str]) -> str:
         text,
         flags=re.DOTALL,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- the figures
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_quadruped(data: Data, path: Path) -> None:
-    """A dot a seed: {LayerNorm, none} x {nothing, neighbourhood, TD3's noise}."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
-    colours = dict(zip(GRID, (BLUE, RED)))
-    for critic, smoothing, name in grid_cells():
-        colour = colours[critic]
-        side = -1 if critic == "LayerNorm" else 1
-        place = list(GRID[critic]).index(smoothing) + 0.2 * side
-        returns = data.seeds(name, "training_return", QUADRUPED_STEPS, QUADRUPED)
-        for index, (seed, marker) in enumerate(SEEDS.items()):
-            if seed in returns:
-                axis.plot(place + 0.04 * (index - 1), returns[seed], marker, color=colour, ms=7)
-        if len(returns) > 1:
-            axis.plot([place - 0.12, place + 0.12], [returns.mean()] * 2, color=colour, lw=1.2)
-        label = name.removesuffix(" on TD3").replace(" + ", ",\n").replace(" without", "\nwithout")
-        at = (place, returns.min() - 14)
-        axis.annotate(label, at, ha="center", va="top", fontsize=7.5, color=colour)
-    axis.axhline(ESCAPE, color=GREY, lw=1, ls="--", zorder=0)
-    axis.annotate(f"escape: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
-    axis.set_xticks(range(3), list(GRID["LayerNorm"]))
-    axis.set(xlim=(-0.5, 2.5), ylim=(130, 680), xlabel="what smooths the target")
-    axis.set_ylabel("training return, last 20,000 steps")
-    handles = [plt.Line2D([], [], marker="o", color=colour, ls="", label=critic) for critic, colour in colours.items()]
-    for seed, marker in SEEDS.items():
-        handles.append(plt.Line2D([], [], marker=marker, color=GREY, ls="", label=f"seed {seed}"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    axis.set_title(f"{QUADRUPED} on TD3, {QUADRUPED_STEPS:,} vector steps; a dot a seed, a bar their mean", fontsize=9)
-    save(figure, path)
-
-
-def draw_shift(data: Data, path: Path) -> None:
-    """How far the neighbourhood moves the target, against its radius: a panel a network of the short runs."""
-    names = [name for name in SHORT_RUNS if short_values(data, name, "shift_radius_0.2") is not None]
-    if not names:
-        return
-    width = max(5.5, 1.0 + 2.5 * len(names))
-    figure, axes = plt.subplots(1, len(names), figsize=(width, 3.3), sharey=True, squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names):
-        for prefix, colour, label in (("", RED, "clipped to the box, as AMS does"), ("unclipped_", BLUE, "unclipped")):
-            shifts = np.array([short_values(data, name, f"{prefix}shift_radius_{radius}") for radius in RADII])
-            axis.plot(RADII, np.abs(shifts), color=colour, lw=1.4, label=label)
-            filled_in = np.where(shifts > 0, colour, "white")
-            axis.scatter(RADII, np.abs(shifts), s=26, color=filled_in, edgecolor=colour, zorder=3)
-            slope, dashes = (2, "--") if prefix else (1, ":")
-            guide = abs(shifts[-1]) * (np.array(RADII) / RADII[-1]) ** slope
-            axis.plot(RADII, guide, dashes, color=GREY, lw=1, label=f"slope {slope}")
-        axis.set(xscale="log", yscale="log", xlabel="radius (normalised action)")
-        axis.set_xticks(RADII, map(str, RADII))
-        axis.minorticks_off()
-        saturated = short_values(data, name, "saturated_actions")
-        steps = data.runs.loc[data.runs.exp_name == name, "step"].max()
-        title = f"{SHORT_RUNS[name]}, {steps:,} vector steps\n{number(100 * saturated)} % of the actions saturated"
-        axis.set_title(title, fontsize=8.5)
-    axes[0, 0].set_ylabel("|shift of the target|")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{QUADRUPED}, seed 0, how far the neighbourhood moves the target; hollow: below 0", fontsize=9)
-    save(figure, path)
-
-
-def draw_trade_off(data: Data, path: Path) -> None:
-    """Return less the seed's own base against smoothness: means over seeds with their intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
-    for axis, backbone in zip(axes, ("TD3", "SAC")):
-        base = data.seeds(f"Base on {backbone}", "avg_return", PENDULUM_STEPS)
-        for method, colour in PAVE_METHODS.items():
-            smoothness = data.seeds(f"{method} on {backbone}", "smoothness", PENDULUM_STEPS)
-            less = (data.seeds(f"{method} on {backbone}", "avg_return", PENDULUM_STEPS) - base).dropna()
-            if less.empty:
-                continue
-            smoothness = smoothness[less.index]
-            x = smoothness.mean()
-            y = less.mean()
-            bounds = interval(smoothness)
-            if bounds is not None:
-                axis.plot(bounds, [y, y], color=colour, lw=1.2)
-                axis.plot([x, x], interval(less), color=colour, lw=1.2)
-            seeds = f"{len(less)} seed" if len(less) == 1 else f"{len(less)} seeds"
-            face = "white" if bounds is None else colour
-            axis.plot(x, y, "o", ms=7, color=colour, mfc=face, label=f"{method}, {seeds}")
-        axis.axhline(0, color=GREY, lw=0.8, ls="--", zorder=0)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(short_tick)
-        axis.tick_params(which="minor", labelsize=8)
-        axis.set(xlabel="smoothness (log; left is smoother)", title=f"{backbone}")
-        axis.legend(frameon=False, fontsize=7.5, loc="best")
-    axes[0].set_ylabel("return less the seed's own base")
-    figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; hollow: too few seeds for an interval", fontsize=9)
-    save(figure, path)
-
-
-def short_tick(value: float, _: int) -> str:
-    """Of a logarithmic axis the minor ticks that have room for a label."""
-    leading = f"{value:e}"[0]
-    return f"{value:g}" if leading in "23457" else ""
-
-
-def draw_m_sup(data: Data, path: Path) -> None:
-    """M_sup against smoothness, a dot a seed."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
-    for method, colour in PAVE_METHODS.items():
-        name = f"{method} on TD3"
-        smoothness = data.seeds(name, "smoothness", PENDULUM_STEPS)
-        points = pd.DataFrame({"M_sup": data.seeds(name, "M_sup", PENDULUM_STEPS), "smoothness": smoothness}).dropna()
-        if len(points):
-            axis.plot(points.M_sup, points.smoothness, "o", ms=7, color=colour, mec="white", mew=0.6, label=method)
-    axis.set(xscale="log", yscale="log", xlabel="M_sup, the mixed Hessian's largest norm (log)")
-    axis.set_ylabel("smoothness (log; lower is smoother)")
-    for formatted in (axis.xaxis, axis.yaxis):
-        formatted.set_major_formatter("{x:g}")
-        formatted.set_minor_formatter(short_tick)
-    axis.tick_params(which="minor", labelsize=8)
-    axis.legend(frameon=False, fontsize=8)
-    axis.set_title(f"{PENDULUM} on TD3, {PENDULUM_STEPS:,} steps; a dot a seed", fontsize=9)
-    save(figure, path)
-
-
-def draw_speed(data: Data, path: Path) -> None:
-    """Bars of TD3 and SAC for each library, a panel a machine."""
-    found = [(machine, cores, rows) for machine, cores, rows in machines(data) if len(library_rates(rows))]
-    figure, axes = plt.subplots(1, len(found), figsize=(1.4 + 2.6 * len(found), 3.3), layout="constrained", sharey=True)
-    for axis, (machine, cores, rows) in zip(axes, found):
-        rates = library_rates(rows)
-        for place, library in enumerate(LIBRARIES):
-            for algorithm, colour, offset in (("TD3", BLUE, -0.19), ("SAC", RED, 0.19)):
-                if library not in rates.index:
-                    continue
-                rate = rates.loc[library, algorithm]
-                axis.barh(place + offset, rate, 0.34, color=colour, label=algorithm if place == 0 else None)
-                axis.annotate(f" {rate:.0f}", (rate, place + offset), va="center", fontsize=8)
-        axis.set_yticks(range(len(LIBRARIES)), LIBRARIES)
-        axis.margins(x=0.15)
-        axis.set(xlabel="vector steps a second", title=f"{machine}, {cores_text(cores)}")
-        axis.title.set_fontsize(9)
-    axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle("Walker2d-v5, whole processes, medians of the rounds; empty: not measured there", fontsize=9)
-    save(figure, path)
-
-
-def draw_dog_run(data: Data, path: Path) -> None:
-    """Our curve, the paper's figures and other repositories'."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    curve = dog_run_curve(data).loc[1:]
-    axis.plot(8 * curve.index / 1e6, curve, ".-", color=BLUE, label="AMS on TD3, ours, 1 seed, 8 environments")
-    for name, colour in (("AMS on SAC", GREEN), ("AMS on TD3", BLUE), ("TD3", BLACK)):
-        value = data.printed(name, "dog-run", "training_return", "AMS, table 2")
-        axis.plot(8, value, "D", color=colour, mfc="none", mew=1.5)
-        axis.annotate(f"{name}  ", (8, value), ha="right", va="center", fontsize=8, color=colour)
-    axis.plot([], [], "D", color=GREY, mfc="none", label="the AMS paper, 1,000,000 vector steps of 8 environments")
-    for steps, rows in data.dog_run_others.groupby("environment_steps"):
-        axis.plot(rows.environment_steps / 1e6, rows.avg_return, "s", color=RED, ms=5)
-        for names, height in labels_apart(rows):
-            axis.annotate(f"  {names}", (steps / 1e6, height), va="center", fontsize=8, color=RED)
-    axis.plot([], [], "s", color=RED, label="other repositories' result files")
-    axis.set(xscale="log", xlim=(0.08, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
-    axis.set_title("dog-run", fontsize=9)
-    save(figure, path)
-
-
-def labels_apart(rows: pd.DataFrame, room: float = 34) -> list[tuple[str, float]]:
-    """Names of equal values together; heights at least so far apart."""
-    labels = []
-    for value, group in sorted(rows.groupby("avg_return"), reverse=True):
-        height = min(value, labels[-1][1] - room) if labels else value
-        labels.append((", ".join(group.name), height))
-    return labels
-
-
-def draw_front(folders: tuple[Path, Path], path: Path) -> None:
-    """The torque of two policies over an episode from the same state, with the scores of the evaluation's episodes."""
-    figure, axes = plt.subplots(2, 1, figsize=(7.2, 3.6), sharex=True, sharey=True, layout="constrained")
-    players = [load_player(folder) for folder in folders]
-    first = players[0]
-    starts = first.script.start_seeds(first.args, first.step, 1, first.args.eval_episodes)
-    for axis, player, colour in zip(axes, players, (RED, BLUE)):
-        episodes = play(player, starts, Disturbance())
-        scores = scores_of(player, episodes)
-        torque = episodes[0].actions[:, 0]
-        seconds = player.env.unwrapped.dt * np.arange(len(torque))
-        axis.plot(seconds, torque, color=colour, lw=1.3)
-        label = f"smoothness {scores['smoothness'].mean():.2f}, return {scores['return'].mean():.0f}"
-        axis.set_title(f"{front_name(player.run)}: {label}", loc="left", fontsize=10, color=colour)
-        axis.set(
-            ylabel="torque (N m)", ylim=1.05 * np.array([first.env.action_box.low[0], first.env.action_box.high[0]])
-        )
-    axes[1].set_xlabel("time (s)")
-    where = f"{first.args.env_id}, seed {first.seed}, {first.step:,} steps"
-    figure.suptitle(f"{where}: an episode; scores are means over {len(starts)}", fontsize=9)
-    save(figure, path)
-
-
-def front_name(run: Run) -> str:
-    names, _ = read_runs_long([run])
-    return names[0].exp_name.iloc[0].replace("Base on ", "")
-
-
-FIGURES = {
-    "quadruped_run.png": draw_quadruped,
-    "target_shift.png": draw_shift,
-    "pave_return_smoothness.png": draw_trade_off,
-    "pave_m_sup.png": draw_m_sup,
-    "speed.png": draw_speed,
-    "dog_run.png": draw_dog_run,
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

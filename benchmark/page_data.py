@@ -1,0 +1,191 @@
+"""The data of the page of results, and what both its text (page.py) and its figures (page_figures.py) ask of it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from report import COLUMNS, KEYS, MINUTES, TRAINING, read_runs_long
+
+from runs import ROOT, Run
+
+RESULTS = ROOT / "benchmark" / "results"
+PAPER = ROOT / "benchmark" / "paper" / "figures.csv"
+
+PENDULUM = "Pendulum-v1"
+PENDULUM_STEPS = 100_000
+QUADRUPED = "quadruped-run"
+QUADRUPED_STEPS = 200_000
+SEEDS = ("0", "42", "123")  # quadruped-run's
+ESCAPE = 400  # a training return that lying on the side does not reach
+GAMMA = 0.99  # AMS's
+GRID = {  # quadruped-run: critic -> what smooths its target -> method
+    "LayerNorm": {
+        "nothing": "LayerNorm alone on TD3",
+        "AMS's neighbourhood": "AMS on TD3",
+        "TD3's noise": "LayerNorm + TD3's noise on TD3",
+    },
+    "no LayerNorm": {
+        "nothing": "TD3 without noise",
+        "AMS's neighbourhood": "AMS without LayerNorm on TD3",
+        "TD3's noise": "TD3",
+    },
+}
+OTHER_RADII = ("AMS radius 0.7 on TD3", "AMS without LayerNorm, radius 0.7 on TD3")
+SHORT_RUNS = {  # by their --exp-name; for figure 2
+    "short_ams": "AMS",
+    "short_layer_norm_alone": "LayerNorm alone",
+    "short_ams_without_layer_norm": "AMS without LayerNorm",
+    "short_td3": "TD3",
+}
+PAVE_METHODS = (
+    "Base",
+    "PAVE",
+    "PAVE, a quarter of the rows",
+    "CAPS",
+    "GRAD",
+    "ASAP",
+    "PAVE without Curv",
+    "Curv alone",
+)
+LIBRARIES = {  # in speed.csv's commands
+    "smoothq": r"^baselines/{}\.py",
+    "sbx-rl (JAX)": r"sbx:{}",
+    "CleanRL": r"^cleanrl/cleanrl/{}_",
+    "stable-baselines3": r"stable_baselines3:{}",
+    "LeanRL": r"^leanrl/leanrl/{}_",
+}
+OUR_METHODS = {"AMS on TD3": "td3_ams.py", "PAVE on TD3": "td3_pave.py", "PAVE on SAC": "sac_pave.py"}
+
+
+class Data(NamedTuple):
+    """What the page is made of."""
+
+    runs: pd.DataFrame  # report.COLUMNS, step and pair: a seed's runs of different methods that may be compared
+    paper: pd.DataFrame
+    speed: pd.DataFrame
+    gpu: pd.DataFrame
+    run_times: pd.DataFrame
+    dog_run_others: pd.DataFrame
+
+    def seeds(self, name: str, metric: str, step: int, env_id: str = PENDULUM) -> pd.Series:
+        """The values of a method at a step, by pair; empty where there are none."""
+        rows = self.runs
+        rows = rows[(rows.exp_name == name) & (rows.env_name == env_id)]
+        rows = rows[(rows.metric == metric) & (rows.step == step)]
+        return rows.set_index("pair").value
+
+    def printed(self, name: str, env_id: str, metric: str, table: str) -> float:
+        """A paper's figure."""
+        rows = self.paper
+        rows = rows[(rows.name == name) & (rows.env_id == env_id) & (rows.metric == metric)]
+        return float(rows[rows.table == table].value.iloc[0])
+
+
+def read_data() -> Data:
+    tables = [pd.read_csv(path) for path in sorted(RESULTS.glob("*.csv"))]
+    runs = pd.concat([table for table in tables if "metric" in table and "env_step" in table])
+    runs["step"] = runs.env_step // runs.num_envs
+    # TD3's update is the same to the last bit since that commit, but a seed's start states are others.
+    early = runs.exp_name.str.endswith("TD3@4e9ebee")
+    runs["pair"] = runs.seed.astype(str).where(~early, runs.seed.astype(str) + " at 4e9ebee")
+    counted = early | runs.exp_name.str.endswith("@others")
+    runs["exp_name"] = runs.exp_name.where(~counted, runs.exp_name.str.split("@").str[0])
+    runs = pd.concat([runs[~early], runs[early]]).drop_duplicates([*KEYS, "metric", "step"])  # today's go first
+    names = ("speed", "gpu", "run_times", "dog_run_others")
+    return Data(runs, pd.read_csv(PAPER), *(pd.read_csv(RESULTS / f"{name}.csv") for name in names))
+
+
+def rows_of(run: Run) -> pd.DataFrame:
+    """A run in the CSVs' form; of what training logs, the mean over the steps before each evaluation."""
+    tables, _ = read_runs_long([run])
+    rows = tables[0]
+    rows = rows[~rows.metric.isin(MINUTES)]
+    every = run.args["eval_every"] * run.args["num_envs"]
+    last = rows.env_step.max()
+    until_evaluation = (np.ceil(rows.env_step / every).astype(int) * every).clip(upper=last)
+    rows = rows.assign(env_step=until_evaluation.where(rows.metric.isin(TRAINING), rows.env_step))
+    keys = [column for column in COLUMNS if column != "value"]
+    return rows.groupby(keys).value.mean().reset_index()[COLUMNS]
+
+
+def add_runs(path: Path, runs: Iterable[Run]) -> None:
+    """Puts runs into a CSV, in the place of what it has of the same method, environment and seed."""
+    added = pd.concat(map(rows_of, runs))
+    if path.exists():
+        old = pd.read_csv(path)
+        same = pd.MultiIndex.from_frame(old[KEYS]).isin(pd.MultiIndex.from_frame(added[KEYS]))
+        added = pd.concat([old[~same], added])
+    added = added.sort_values([*KEYS, "metric", "env_step"], kind="stable")
+    added.to_csv(path, index=False, float_format="%.6g")
+    print(path)
+
+
+# ------------------------------------------------------------------------------------------- what both files ask of it
+
+
+class Methods(NamedTuple):
+    """Two that are compared, and the sign that a claim gives their difference in a metric."""
+
+    ours: str
+    base: str
+    metric: str
+    sign: int
+    digits: int = 0
+
+
+def differences_of(data: Data, methods: Methods, step: int = PENDULUM_STEPS, env_id: str = PENDULUM) -> pd.Series:
+    """By seed."""
+    ours = data.seeds(methods.ours, methods.metric, step, env_id)
+    base = data.seeds(methods.base, methods.metric, step, env_id)
+    return (ours - base).dropna()
+
+
+def ratios_of(data: Data, ours: str, base: str, metric: str, base_metric: str) -> pd.Series:
+    """On quadruped-run at its last step, by seed."""
+    above = data.seeds(ours, metric, QUADRUPED_STEPS, QUADRUPED)
+    below = data.seeds(base, base_metric, QUADRUPED_STEPS, QUADRUPED)
+    return (above / below).dropna()
+
+
+def grid_cells() -> list[tuple[str, str, str]]:
+    """critic, what smooths the target, method."""
+    return [(critic, smoothing, name) for critic, row in GRID.items() for smoothing, name in row.items()]
+
+
+def short_values(data: Data, name: str, metric: str) -> float | None:
+    """Of a short run at its last step."""
+    rows = data.runs[(data.runs.exp_name == name) & (data.runs.metric == metric)]
+    if rows.empty:
+        return None
+    return float(rows.loc[rows.step == rows.step.max(), "value"].iloc[0])
+
+
+def dog_run_curve(data: Data) -> pd.Series:
+    """The evaluation return of the run of AMS that got furthest, by vector step."""
+    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.metric == "avg_return")]
+    rows = rows[rows.exp_name.str.startswith("AMS on TD3")]
+    furthest = rows.loc[rows.step == rows.step.max(), "exp_name"].iloc[0]
+    return rows[rows.exp_name == furthest].groupby("step").value.mean()
+
+
+def machines(data: Data) -> list[tuple[str, int, pd.DataFrame]]:
+    """machine, cores and its rows of speed.csv."""
+    groups = data.speed.groupby(["machine", "cores"], sort=False)
+    return [(machine, cores, rows) for (machine, cores), rows in groups]
+
+
+def cores_text(cores: int) -> str:
+    return f"{cores} core" if cores == 1 else f"{cores} cores"
+
+
+def library_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """The median rates of the libraries on one machine with so many cores: libraries down, TD3 and SAC across."""
+    rates = {}
+    for algorithm in ("td3", "sac"):
+        for library, pattern in LIBRARIES.items():
+            found = rows[rows.command.str.contains(pattern.format(algorithm))]
+            if len(found):
+                rates[(library, algorithm.upper())] = found.vector_steps_per_second.median()
+    return pd.Series(rates).unstack().reindex(index=LIBRARIES, columns=["TD3", "SAC"]).dropna()
