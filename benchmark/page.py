@@ -33,7 +33,7 @@ from page_data import (
     QUADRUPED_STEPS,
     RESULTS,
     SEEDS,
-    SHORT_RUNS,
+    SHIFT_NETWORKS,
     Data,
     Methods,
     add_runs,
@@ -45,7 +45,6 @@ from page_data import (
     machines,
     ratios_of,
     read_data,
-    short_values,
 )
 from page_figures import FIGURES, draw_front
 from scipy import stats
@@ -313,14 +312,14 @@ def speed_table(data: Data) -> str:
 
 
 def clip_text(data: Data) -> str:
+    """The neighbourhood's shift of the target clipped and unclipped, and the share of saturated actions."""
     parts = []
-    for name, label in SHORT_RUNS.items():
-        clipped = short_values(data, name, "shift_radius_0.2")
-        if clipped is not None:
-            unclipped = short_values(data, name, "unclipped_shift_radius_0.2")
-            saturated = short_values(data, name, "saturated_actions")
-            parts.append(f"{label} {number(clipped, 5)}, {number(unclipped, 5)}, {number(100 * saturated)} %")
-    return "; ".join(parts) or "no network yet"
+    for network in SHIFT_NETWORKS:
+        _, values = network.values(data)
+        clipped = number(values["shift_radius_0.2"], 5)
+        unclipped = number(values["unclipped_shift_radius_0.2"], 5)
+        parts.append(f"{network.label} {clipped}, {unclipped}, {number(100 * values['saturated_actions'])} %")
+    return "; ".join(parts)
 
 
 def compounded(data: Data, name: str, metric: str) -> str:

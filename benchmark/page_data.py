@@ -33,12 +33,6 @@ GRID = {  # quadruped-run: critic -> what smooths its target -> method
     },
 }
 OTHER_RADII = ("AMS radius 0.7 on TD3", "AMS without LayerNorm, radius 0.7 on TD3")
-SHORT_RUNS = {  # by their --exp-name; for figure 2
-    "short_ams": "AMS",
-    "short_layer_norm_alone": "LayerNorm alone",
-    "short_ams_without_layer_norm": "AMS without LayerNorm",
-    "short_td3": "TD3",
-}
 PAVE_METHODS = (
     "Base",
     "PAVE",
@@ -154,12 +148,27 @@ def grid_cells() -> list[tuple[str, str, str]]:
     return [(critic, smoothing, name) for critic, row in GRID.items() for smoothing, name in row.items()]
 
 
-def short_values(data: Data, name: str, metric: str) -> float | None:
-    """Of a short run at its last step."""
-    rows = data.runs[(data.runs.exp_name == name) & (data.runs.metric == metric)]
-    if rows.empty:
-        return None
-    return float(rows.loc[rows.step == rows.step.max(), "value"].iloc[0])
+class Network(NamedTuple):
+    """One whose target geometry.py has measured, at its run's last step."""
+
+    label: str
+    name: str  # in the CSVs, as the next two
+    env_id: str
+    seed: int
+
+    def values(self, data: Data) -> tuple[int, pd.Series]:
+        """The step, and the values by metric."""
+        rows = data.runs[(data.runs.exp_name == self.name) & (data.runs.env_name == self.env_id)]
+        rows = rows[rows.pair == str(self.seed)]
+        step = rows.step.max()
+        return step, rows[rows.step == step].set_index("metric").value
+
+
+SHIFT_NETWORKS = (
+    Network("AMS", "short_ams", QUADRUPED, 0),
+    Network("AMS without LayerNorm", "short_ams_without_layer_norm", QUADRUPED, 0),
+    Network("TD3 without noise", "TD3 without noise", QUADRUPED, 0),
+)
 
 
 def dog_run_curve(data: Data) -> pd.Series:

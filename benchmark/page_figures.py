@@ -17,14 +17,13 @@ from page_data import (
     QUADRUPED,
     QUADRUPED_STEPS,
     SEEDS,
-    SHORT_RUNS,
+    SHIFT_NETWORKS,
     Data,
     cores_text,
     dog_run_curve,
     grid_cells,
     library_rates,
     machines,
-    short_values,
 )
 from play import Disturbance, load_player, play, scores_of
 from report import read_runs_long
@@ -85,15 +84,13 @@ def draw_quadruped(data: Data, path: Path) -> None:
 
 
 def draw_shift(data: Data, path: Path) -> None:
-    """How far the neighbourhood moves the target, against its radius: a panel a network of the short runs."""
-    names = [name for name in SHORT_RUNS if short_values(data, name, "shift_radius_0.2") is not None]
-    if not names:
-        return
-    width = max(5.5, 1.0 + 2.5 * len(names))
-    figure, axes = plt.subplots(1, len(names), figsize=(width, 3.3), sharey=True, squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names):
+    """How far AMS's neighbourhood moves the target, against its radius: a panel a network."""
+    count = len(SHIFT_NETWORKS)
+    figure, axes = plt.subplots(1, count, figsize=(1.0 + 2.5 * count, 3.3), sharey=True, layout="constrained")
+    for axis, network in zip(axes, SHIFT_NETWORKS):
+        step, values = network.values(data)
         for prefix, colour, label in (("", RED, "clipped to the box, as AMS does"), ("unclipped_", BLUE, "unclipped")):
-            shifts = np.array([short_values(data, name, f"{prefix}shift_radius_{radius}") for radius in RADII])
+            shifts = np.array([values[f"{prefix}shift_radius_{radius}"] for radius in RADII])
             axis.plot(RADII, np.abs(shifts), color=colour, lw=1.4, label=label)
             filled_in = np.where(shifts > 0, colour, "white")
             axis.scatter(RADII, np.abs(shifts), s=26, color=filled_in, edgecolor=colour, zorder=3)
@@ -103,14 +100,12 @@ def draw_shift(data: Data, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="radius (normalised action)")
         axis.set_xticks(RADII, map(str, RADII))
         axis.minorticks_off()
-        saturated = short_values(data, name, "saturated_actions")
-        steps = data.runs.loc[data.runs.exp_name == name, "step"].max()
-        title = f"{SHORT_RUNS[name]}, {steps:,} vector steps\n{100 * saturated:.0f} % of the actions saturated"
-        axis.set_title(title, fontsize=8.5)
-    axes[0, 0].set_ylabel("|shift of the target|")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        saturated = f"{100 * values['saturated_actions']:.0f} % of the actions saturated"
+        axis.set_title(f"{network.label}\n{network.env_id}, {step:,} vector steps\n{saturated}", fontsize=8.5)
+    axes[0].set_ylabel("|shift of the target|")
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{QUADRUPED}, seed 0, how far the neighbourhood moves the target; hollow: below 0", fontsize=9)
+    figure.suptitle("How far AMS's neighbourhood moves the target; hollow: below 0", fontsize=9)
     save(figure, path)
 
 
