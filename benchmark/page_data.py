@@ -15,14 +15,16 @@ PAPER = ROOT / "benchmark" / "paper" / "figures.csv"
 
 PENDULUM = "Pendulum-v1"
 PENDULUM_STEPS = 100_000
+PENDULUM_SEEDS = ("9001", "9002", "9003", "9004", "9005")
 QUADRUPED = "quadruped-run"
 QUADRUPED_STEPS = 200_000
 SEEDS = ("0", "42", "123")  # quadruped-run's
 ESCAPE = 400  # a training return that lying on the side does not reach
 GAMMA = 0.99  # AMS's
+LAYER_NORM_ALONE = "LayerNorm alone on TD3"
 GRID = {  # quadruped-run: critic -> what smooths its target -> method
     "LayerNorm": {
-        "nothing": "LayerNorm alone on TD3",
+        "nothing": LAYER_NORM_ALONE,
         "AMS's neighbourhood": "AMS on TD3",
         "TD3's noise": "LayerNorm + TD3's noise on TD3",
     },
@@ -32,7 +34,10 @@ GRID = {  # quadruped-run: critic -> what smooths its target -> method
         "TD3's noise": "TD3",
     },
 }
-OTHER_RADII = ("AMS radius 0.7 on TD3", "AMS without LayerNorm, radius 0.7 on TD3")
+LARGER_RADIUS = (  # as grid_cells() has the grid
+    ("LayerNorm", "radius 0.7", "AMS radius 0.7 on TD3"),
+    ("no LayerNorm", "radius 0.7", "AMS without LayerNorm, radius 0.7 on TD3"),
+)
 PAVE_METHODS = (
     "Base",
     "PAVE",
@@ -43,6 +48,7 @@ PAVE_METHODS = (
     "PAVE without Curv",
     "Curv alone",
 )
+ALGORITHMS = ("TD3", "SAC")
 LIBRARIES = {  # in speed.csv's commands
     "smoothq": r"^baselines/{}\.py",
     "sbx-rl (JAX)": r"sbx:{}",
@@ -56,7 +62,7 @@ OUR_METHODS = {"AMS on TD3": "td3_ams.py", "PAVE on TD3": "td3_pave.py", "PAVE o
 class Data(NamedTuple):
     """What the page is made of."""
 
-    runs: pd.DataFrame  # report.COLUMNS, step and pair: a seed's runs of different methods that may be compared
+    runs: pd.DataFrame  # report.COLUMNS and step; the runs of a seed are paired
     paper: pd.DataFrame
     speed: pd.DataFrame
     gpu: pd.DataFrame
@@ -64,11 +70,11 @@ class Data(NamedTuple):
     dog_run_others: pd.DataFrame
 
     def seeds(self, name: str, metric: str, step: int, env_id: str = PENDULUM) -> pd.Series:
-        """The values of a method at a step, by pair; empty where there are none."""
+        """The values of a method at a step, by seed; empty where there are none."""
         rows = self.runs
         rows = rows[(rows.exp_name == name) & (rows.env_name == env_id)]
         rows = rows[(rows.metric == metric) & (rows.step == step)]
-        return rows.set_index("pair").value
+        return rows.set_index("seed").value
 
     def printed(self, name: str, env_id: str, metric: str, table: str) -> float:
         """A paper's figure."""
@@ -81,19 +87,19 @@ def read_data() -> Data:
     tables = [pd.read_csv(path) for path in sorted(RESULTS.glob("*.csv"))]
     runs = pd.concat([table for table in tables if "metric" in table and "env_step" in table])
     runs["step"] = runs.env_step // runs.num_envs
-    # TD3's update is the same to the last bit since that commit, but a seed's start states are others.
-    early = runs.exp_name.str.endswith("TD3@4e9ebee")
-    runs["pair"] = runs.seed.astype(str).where(~early, runs.seed.astype(str) + " at 4e9ebee")
-    counted = early | runs.exp_name.str.endswith("@others")
-    runs["exp_name"] = runs.exp_name.where(~counted, runs.exp_name.str.split("@").str[0])
-    runs = pd.concat([runs[~early], runs[early]]).drop_duplicates([*KEYS, "metric", "step"])  # today's go first
+    runs["seed"] = runs.seed.astype(str)
+    others = runs.exp_name.str.endswith("@others")  # other people's runs of the same method, counted in
+    runs["exp_name"] = runs.exp_name.where(~others, runs.exp_name.str.removesuffix("@others"))
+    runs = pd.concat([runs[~others], runs[others]]).drop_duplicates([*KEYS, "metric", "step"])  # ours go first
     names = ("speed", "gpu", "run_times", "dog_run_others")
     return Data(runs, pd.read_csv(PAPER), *(pd.read_csv(RESULTS / f"{name}.csv") for name in names))
 
 
 def rows_of(run: Run) -> pd.DataFrame:
     """A run in the CSVs' form; of what training logs, the mean over the steps before each evaluation."""
-    tables, _ = read_runs_long([run])
+    tables, reasons = read_runs_long([run])
+    for folder, reason in reasons.items():
+        print(f"{folder} is of none of the tables ({reason}): it goes by its exp_name, {run.args['exp_name']}")
     rows = tables[0]
     rows = rows[~rows.metric.isin(MINUTES)]
     every = run.args["eval_every"] * run.args["num_envs"]
@@ -119,8 +125,8 @@ def add_runs(path: Path, runs: Iterable[Run]) -> None:
 # ------------------------------------------------------------------------------------------- what both files ask of it
 
 
-class Methods(NamedTuple):
-    """Two that are compared, and the sign that a claim gives their difference in a metric."""
+class Comparison(NamedTuple):
+    """Of two methods in a metric; the sign that a claim gives their difference."""
 
     ours: str
     base: str
@@ -129,11 +135,15 @@ class Methods(NamedTuple):
     digits: int = 0
 
 
-def differences_of(data: Data, methods: Methods, step: int = PENDULUM_STEPS, env_id: str = PENDULUM) -> pd.Series:
-    """By seed."""
-    ours = data.seeds(methods.ours, methods.metric, step, env_id)
-    base = data.seeds(methods.base, methods.metric, step, env_id)
+def differences_of(data: Data, comparison: Comparison, step: int = PENDULUM_STEPS, env_id: str = PENDULUM) -> pd.Series:
+    """By seed, where both have it."""
+    ours = data.seeds(comparison.ours, comparison.metric, step, env_id)
+    base = data.seeds(comparison.base, comparison.metric, step, env_id)
     return (ours - base).dropna()
+
+
+def on_quadruped(data: Data, comparison: Comparison) -> pd.Series:
+    return differences_of(data, comparison, QUADRUPED_STEPS, QUADRUPED)
 
 
 def ratios_of(data: Data, ours: str, base: str, metric: str, base_metric: str) -> pd.Series:
@@ -159,7 +169,7 @@ class Network(NamedTuple):
     def values(self, data: Data) -> tuple[int, pd.Series]:
         """The step, and the values by metric."""
         rows = data.runs[(data.runs.exp_name == self.name) & (data.runs.env_name == self.env_id)]
-        rows = rows[rows.pair == str(self.seed)]
+        rows = rows[rows.seed == str(self.seed)]
         step = rows.step.max()
         return step, rows[rows.step == step].set_index("metric").value
 
@@ -189,12 +199,16 @@ def cores_text(cores: int) -> str:
     return f"{cores} core" if cores == 1 else f"{cores} cores"
 
 
+def rates_by_round(rows: pd.DataFrame, library: str, algorithm: str) -> pd.Series:
+    """Of some rows of speed.csv; the rounds of several libraries took turns."""
+    pattern = LIBRARIES[library].format(algorithm.lower())
+    return rows[rows.command.str.contains(pattern)].set_index("round").vector_steps_per_second
+
+
 def library_rates(rows: pd.DataFrame) -> pd.DataFrame:
     """The median rates of the libraries on one machine with so many cores: libraries down, TD3 and SAC across."""
-    rates = {}
-    for algorithm in ("td3", "sac"):
-        for library, pattern in LIBRARIES.items():
-            found = rows[rows.command.str.contains(pattern.format(algorithm))]
-            if len(found):
-                rates[(library, algorithm.upper())] = found.vector_steps_per_second.median()
-    return pd.Series(rates).unstack().reindex(index=LIBRARIES, columns=["TD3", "SAC"]).dropna()
+    medians = {
+        algorithm: {library: rates_by_round(rows, library, algorithm).median() for library in LIBRARIES}
+        for algorithm in ALGORITHMS
+    }
+    return pd.DataFrame(medians).dropna()

@@ -22,10 +22,10 @@ from page_data import (
     cores_text,
     dog_run_curve,
     grid_cells,
-    library_rates,
     machines,
+    rates_by_round,
 )
-from play import Disturbance, load_player, play, scores_of
+from play import Disturbance, load_player, play
 from report import read_runs_long
 
 from runs import Run
@@ -71,11 +71,11 @@ def draw_quadruped(data: Data, path: Path) -> None:
         at = (place, returns.min() - 14)
         axis.annotate(label, at, ha="center", va="top", fontsize=7.5, color=colour)
     axis.axhline(ESCAPE, color=GREY, lw=1, ls="--", zorder=0)
-    axis.annotate(f"escape: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
+    axis.annotate(f"escapes lying on its side: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
     axis.set_xticks(range(3), list(GRID["LayerNorm"]))
     axis.set(xlim=(-0.5, 2.5), ylim=(130, 680), xlabel="what smooths the target")
     axis.set_ylabel("training return, last 20,000 steps")
-    handles = [plt.Line2D([], [], marker="o", color=colour, ls="", label=critic) for critic, colour in colours.items()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=critic) for critic, colour in colours.items()]
     for seed, marker in MARKERS.items():
         handles.append(plt.Line2D([], [], marker=marker, color=GREY, ls="", label=f"seed {seed}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
@@ -86,65 +86,75 @@ def draw_quadruped(data: Data, path: Path) -> None:
 def draw_shift(data: Data, path: Path) -> None:
     """How far AMS's neighbourhood moves the target, against its radius: a panel a network."""
     count = len(SHIFT_NETWORKS)
-    figure, axes = plt.subplots(1, count, figsize=(1.0 + 2.5 * count, 3.3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(1.0 + 2.7 * count, 3.3), sharey=True, layout="constrained")
+    radii = np.array(RADII)
     for axis, network in zip(axes, SHIFT_NETWORKS):
         step, values = network.values(data)
         for prefix, colour, label in (("", RED, "clipped to the box, as AMS does"), ("unclipped_", BLUE, "unclipped")):
             shifts = np.array([values[f"{prefix}shift_radius_{radius}"] for radius in RADII])
-            axis.plot(RADII, np.abs(shifts), color=colour, lw=1.4, label=label)
-            filled_in = np.where(shifts > 0, colour, "white")
-            axis.scatter(RADII, np.abs(shifts), s=26, color=filled_in, edgecolor=colour, zorder=3)
-            slope, dashes = (2, "--") if prefix else (1, ":")
-            guide = abs(shifts[-1]) * (np.array(RADII) / RADII[-1]) ** slope
-            axis.plot(RADII, guide, dashes, color=GREY, lw=1, label=f"slope {slope}")
+            axis.plot(radii, shifts, "o-", color=colour, lw=1.4, ms=5, label=label)
+            slope, _ = np.polyfit(np.log(radii), np.log(shifts), 1)
+            at = (radii[2], shifts[2])
+            axis.annotate(f"slope {slope:.1f}", at, (-4, 8), textcoords="offset points", ha="right", color=colour)
         axis.set(xscale="log", yscale="log", xlabel="radius (normalised action)")
         axis.set_xticks(RADII, map(str, RADII))
         axis.minorticks_off()
-        saturated = f"{100 * values['saturated_actions']:.0f} % of the actions saturated"
-        axis.set_title(f"{network.label}\n{network.env_id}, {step:,} vector steps\n{saturated}", fontsize=8.5)
-    axes[0].set_ylabel("|shift of the target|")
+        bound = f"{100 * values['saturated_actions']:.0f} % of action components at the bound"
+        where = f"{network.env_id}, seed {network.seed}, {step:,} steps"
+        axis.set_title(f"{network.label}\n{where}\n{bound}", fontsize=8.5)
+    axes[0].set_ylabel("target lowered by (units of Q)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle("How far AMS's neighbourhood moves the target; hollow: below 0", fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle("What averaging over AMS's neighbourhood does to the TD target; curvature would give 2", fontsize=9)
     save(figure, path)
 
 
 def draw_trade_off(data: Data, path: Path) -> None:
-    """Return less the seed's own base against smoothness: means over seeds with their intervals."""
+    """Return and smoothness beside the seed's own base: means over seeds with their intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
     for axis, backbone in zip(axes, ("TD3", "SAC")):
-        base = data.seeds(f"Base on {backbone}", "avg_return", PENDULUM_STEPS)
+        base_smoothness = data.seeds(f"Base on {backbone}", "smoothness", PENDULUM_STEPS)
+        base_return = data.seeds(f"Base on {backbone}", "avg_return", PENDULUM_STEPS)
         for method, colour in PAVE_COLOURS.items():
             smoothness = data.seeds(f"{method} on {backbone}", "smoothness", PENDULUM_STEPS)
-            less = (data.seeds(f"{method} on {backbone}", "avg_return", PENDULUM_STEPS) - base).dropna()
-            if less.empty:
+            over = (smoothness / base_smoothness).dropna()
+            less = (data.seeds(f"{method} on {backbone}", "avg_return", PENDULUM_STEPS) - base_return).dropna()
+            if less.empty or method == "Base":
                 continue
-            smoothness = smoothness[less.index]
-            x = smoothness.mean()
+            x = over.mean()
             y = less.mean()
-            bounds = interval(smoothness)
+            bounds = interval(over)
             if bounds is not None:
                 axis.plot(bounds, [y, y], color=colour, lw=1.2)
                 axis.plot([x, x], interval(less), color=colour, lw=1.2)
             seeds = f"{len(less)} seed" if len(less) == 1 else f"{len(less)} seeds"
             face = "white" if bounds is None else colour
             axis.plot(x, y, "o", ms=7, color=colour, mfc=face, label=f"{method}, {seeds}")
+        axis.plot(1, 0, "P", ms=9, color=BLACK, label="base")
         axis.axhline(0, color=GREY, lw=0.8, ls="--", zorder=0)
+        axis.axvline(1, color=GREY, lw=0.8, ls="--", zorder=0)
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(short_tick)
-        axis.tick_params(which="minor", labelsize=8)
-        axis.set(xlabel="smoothness (log; left is smoother)", title=f"{backbone}")
+        label_ticks(axis.xaxis)
+        axis.set_xlabel("smoothness / that of the seed's own base (log)")
+        axis.set_title(backbone, fontsize=9)
         axis.legend(frameon=False, fontsize=7.5, loc="best")
     axes[0].set_ylabel("return less the seed's own base")
-    figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; hollow: too few seeds for an interval", fontsize=9)
+    how = "left is smoother; hollow: too few seeds for an interval"
+    figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; {how}", fontsize=9)
     save(figure, path)
+
+
+def label_ticks(axis: matplotlib.axis.Axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(short_tick)
+    axis.set_tick_params(which="both", labelsize=8)
 
 
 def short_tick(value: float, _: int) -> str:
     """Of a logarithmic axis the minor ticks that have room for a label."""
     leading = f"{value:e}"[0]
-    return f"{value:g}" if leading in "23457" else ""
+    return f"{value:g}" if leading in "234568" else ""
 
 
 def draw_m_sup(data: Data, path: Path) -> None:
@@ -155,13 +165,12 @@ def draw_m_sup(data: Data, path: Path) -> None:
         smoothness = data.seeds(name, "smoothness", PENDULUM_STEPS)
         points = pd.DataFrame({"M_sup": data.seeds(name, "M_sup", PENDULUM_STEPS), "smoothness": smoothness}).dropna()
         if len(points):
-            axis.plot(points.M_sup, points.smoothness, "o", ms=7, color=colour, mec="white", mew=0.6, label=method)
+            label = f"{method}, {len(points)} seeds"
+            axis.plot(points.M_sup, points.smoothness, "o", ms=7, color=colour, mec="white", mew=0.6, label=label)
     axis.set(xscale="log", yscale="log", xlabel="M_sup, the mixed Hessian's largest norm (log)")
     axis.set_ylabel("smoothness (log; lower is smoother)")
-    for formatted in (axis.xaxis, axis.yaxis):
-        formatted.set_major_formatter("{x:g}")
-        formatted.set_minor_formatter(short_tick)
-    axis.tick_params(which="minor", labelsize=8)
+    label_ticks(axis.xaxis)
+    label_ticks(axis.yaxis)
     axis.legend(frameon=False, fontsize=8)
     axis.set_title(f"{PENDULUM} on TD3, {PENDULUM_STEPS:,} steps; a dot a seed", fontsize=9)
     save(figure, path)
@@ -169,25 +178,29 @@ def draw_m_sup(data: Data, path: Path) -> None:
 
 def draw_speed(data: Data, path: Path) -> None:
     """Bars of TD3 and SAC for each library, a panel a machine."""
-    found = [(machine, cores, rows) for machine, cores, rows in machines(data) if len(library_rates(rows))]
-    figure, axes = plt.subplots(1, len(found), figsize=(1.4 + 2.6 * len(found), 3.3), layout="constrained", sharey=True)
+    found = machines(data)
+    size = (1.4 + 2.6 * len(found), 3.3)
+    figure, axes = plt.subplots(1, len(found), figsize=size, layout="constrained", sharex=True, sharey=True)
     for axis, (machine, cores, rows) in zip(axes, found):
-        rates = library_rates(rows)
         for place, library in enumerate(LIBRARIES):
             for algorithm, colour, offset in (("TD3", BLUE, -0.19), ("SAC", RED, 0.19)):
-                if library not in rates.index:
+                rates = rates_by_round(rows, library, algorithm)
+                if rates.empty:
                     continue
-                rate = rates.loc[library, algorithm]
-                axis.barh(place + offset, rate, 0.34, color=colour, label=algorithm if place == 0 else None)
-                axis.annotate(f" {rate:.0f}", (rate, place + offset), va="center", fontsize=8)
+                label = algorithm if place == 0 else None
+                axis.barh(place + offset, rates.median(), 0.34, color=colour, alpha=0.75, label=label)
+                axis.plot([rates.min(), rates.max()], [place + offset] * 2, color=BLACK, lw=1)
+                at = (rates.max(), place + offset)
+                axis.annotate(f" {rates.median():.0f}", at, va="center", fontsize=8)
         axis.set_yticks(range(len(LIBRARIES)), LIBRARIES)
         axis.margins(x=0.15)
-        axis.set(xlabel="vector steps a second", title=f"{machine}, {cores_text(cores)}")
-        axis.title.set_fontsize(9)
+        axis.set(xlabel="vector steps a second")
+        axis.set_title(f"{machine}, {cores_text(cores)}", fontsize=9)
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle("Walker2d-v5, whole processes, medians of the rounds; empty: not measured there", fontsize=9)
+    title = "Walker2d-v5, whole processes: median and range of three rounds; empty: not measured there"
+    figure.suptitle(title, fontsize=9)
     save(figure, path)
 
 
@@ -195,20 +208,22 @@ def draw_dog_run(data: Data, path: Path) -> None:
     """Our curve, the paper's figures and other repositories'."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     curve = dog_run_curve(data).loc[1:]
-    axis.plot(8 * curve.index / 1e6, curve, ".-", color=BLUE, label="AMS on TD3, ours, 1 seed, 8 environments")
+    label = "AMS on TD3, ours, 1 seed, 8 environments: evaluation"
+    axis.plot(8 * curve.index / 1e6, curve, ".-", color=BLUE, label=label)
     for name, colour in (("AMS on SAC", GREEN), ("AMS on TD3", BLUE), ("TD3", BLACK)):
         value = data.printed(name, "dog-run", "training_return", "AMS, table 2")
         axis.plot(8, value, "D", color=colour, mfc="none", mew=1.5)
         axis.annotate(f"{name}  ", (8, value), ha="right", va="center", fontsize=8, color=colour)
-    axis.plot([], [], "D", color=GREY, mfc="none", label="the AMS paper, 1,000,000 vector steps of 8 environments")
+    label = "the AMS paper: training, if its 1M steps are of 8 environments"
+    axis.plot([], [], "D", color=GREY, mfc="none", label=label)
     for steps, rows in data.dog_run_others.groupby("environment_steps"):
         axis.plot(rows.environment_steps / 1e6, rows.avg_return, "s", color=RED, ms=5)
         for names, height in labels_apart(rows):
             axis.annotate(f"  {names}", (steps / 1e6, height), va="center", fontsize=8, color=RED)
     axis.plot([], [], "s", color=RED, label="other repositories' result files")
     axis.set(xscale="log", xlim=(0.08, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    label_ticks(axis.xaxis)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     axis.set_title("dog-run", fontsize=9)
     save(figure, path)
 
@@ -222,32 +237,26 @@ def labels_apart(rows: pd.DataFrame, room: float = 34) -> list[tuple[str, float]
     return labels
 
 
-def draw_front(folders: tuple[Path, Path], path: Path) -> None:
-    """The torque of two policies over an episode from the same state, with the scores of the evaluation's episodes."""
+def draw_front(runs: list[Run], path: Path) -> None:
+    """The torque of two policies over an episode from the same state, with their scores of eval.csv."""
     figure, axes = plt.subplots(2, 1, figsize=(7.2, 3.6), sharex=True, sharey=True, layout="constrained")
-    players = [load_player(folder) for folder in folders]
-    first = players[0]
-    starts = first.script.start_seeds(first.args, first.step, 1, first.args.eval_episodes)
-    for axis, player, colour in zip(axes, players, (RED, BLUE)):
-        episodes = play(player, starts, Disturbance())
-        scores = scores_of(player, episodes)
-        torque = episodes[0].actions[:, 0]
+    tables, _ = read_runs_long(runs)
+    for axis, run, table, colour in zip(axes, runs, tables, (RED, BLUE)):
+        player = load_player(run.folder)
+        starts = player.script.start_seeds(player.args, player.step, 1, 1)
+        torque = play(player, starts, Disturbance())[0].actions[:, 0]
+        box = player.env.action_box
         seconds = player.env.unwrapped.dt * np.arange(len(torque))
         axis.plot(seconds, torque, color=colour, lw=1.3)
-        label = f"smoothness {scores['smoothness'].mean():.2f}, return {scores['return'].mean():.0f}"
-        axis.set_title(f"{front_name(player.run)}: {label}", loc="left", fontsize=10, color=colour)
-        axis.set(
-            ylabel="torque (N m)", ylim=1.05 * np.array([first.env.action_box.low[0], first.env.action_box.high[0]])
-        )
+        scores = table[table.env_step == player.step].set_index("metric").value
+        label = f"smoothness {scores.smoothness:.2f}, return {scores.avg_return:.0f}"
+        name = table.exp_name.iloc[0].replace("Base on ", "")
+        axis.set_title(f"{name}: {label}", loc="left", fontsize=10, color=colour)
+        axis.set(ylabel="torque (N m)", ylim=(1.05 * box.low[0], 1.05 * box.high[0]))
     axes[1].set_xlabel("time (s)")
-    where = f"{first.args.env_id}, seed {first.seed}, {first.step:,} steps"
-    figure.suptitle(f"{where}: an episode; scores are means over {len(starts)}", fontsize=9)
+    where = f"{player.args.env_id}, seed {player.seed}, {player.step:,} steps"
+    figure.suptitle(f"{where}: one episode, and means over {scores.episodes:.0f} (lower is smoother)", fontsize=9)
     save(figure, path)
-
-
-def front_name(run: Run) -> str:
-    names, _ = read_runs_long([run])
-    return names[0].exp_name.iloc[0].replace("Base on ", "")
 
 
 FIGURES = {

@@ -183,20 +183,10 @@ def read_runs_long(runs: list[Run]) -> tuple[list[pd.DataFrame], dict[str, str]]
     return tables, reasons
 
 
-def todays_name(exp_name: str) -> str:
-    """Runs of commit 4e9ebee on TD3 count as ours: its update is the same to the last bit since then."""
-    name, at, mark = exp_name.partition("@")
-    if mark == "4e9ebee" and name.endswith("TD3"):
-        return name
-    return name + at + mark
-
-
 def read_csvs(paths: list[Path]) -> pd.DataFrame:
     """The CSVs of an earlier report, also those from before num_envs was a column."""
     data = pd.concat(map(pd.read_csv, paths), ignore_index=True).reindex(columns=COLUMNS)
-    earlier = data.exp_name.str.endswith("@4e9ebee")
-    data["source"] = np.where(earlier, "CSVs of 4e9ebee", "CSVs")
-    data["exp_name"] = data.exp_name.map(todays_name)
+    data["source"] = "CSVs"
     num_envs = {env_id: args.num_envs for (_, env_id), (_, args) in CELLS.items()}  # one protocol an environment
     data["num_envs"] = data.num_envs.fillna(data.env_name.map(num_envs)).fillna(1)
     return data
