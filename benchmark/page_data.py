@@ -159,7 +159,7 @@ def grid_cells() -> list[tuple[str, str, str]]:
 
 
 class Network(NamedTuple):
-    """One whose target geometry.py has measured, at its run's last step."""
+    """The last one of a run whose target geometry.py has measured."""
 
     label: str
     name: str  # in the CSVs, as the next two
@@ -170,7 +170,7 @@ class Network(NamedTuple):
         """The step, and the values by metric."""
         rows = data.runs[(data.runs.exp_name == self.name) & (data.runs.env_name == self.env_id)]
         rows = rows[rows.seed == str(self.seed)]
-        step = rows.step.max()
+        step = rows[rows.metric == "saturated_actions"].step.max()
         return step, rows[rows.step == step].set_index("metric").value
 
 
@@ -178,15 +178,14 @@ SHIFT_NETWORKS = (
     Network("AMS", "short_ams", QUADRUPED, 0),
     Network("AMS without LayerNorm", "short_ams_without_layer_norm", QUADRUPED, 0),
     Network("TD3 without noise", "TD3 without noise", QUADRUPED, 0),
+    Network("AMS, dog-run", "AMS on TD3", "dog-run", 1),
 )
 
 
 def dog_run_curve(data: Data) -> pd.Series:
-    """The evaluation return of the run of AMS that got furthest, by vector step."""
-    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.metric == "avg_return")]
-    rows = rows[rows.exp_name.str.startswith("AMS on TD3")]
-    furthest = rows.loc[rows.step == rows.step.max(), "exp_name"].iloc[0]
-    return rows[rows.exp_name == furthest].groupby("step").value.mean()
+    """The evaluation return of AMS on TD3, seed 1, by vector step."""
+    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.exp_name == "AMS on TD3")]
+    return rows[rows.metric == "avg_return"].set_index("step").value.sort_index()
 
 
 def machines(data: Data) -> list[tuple[str, int, pd.DataFrame]]:

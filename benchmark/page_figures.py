@@ -105,7 +105,9 @@ def draw_shift(data: Data, path: Path) -> None:
     axes[0].set_ylabel("target lowered by (units of Q)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle("What averaging over AMS's neighbourhood does to the TD target; curvature would give 2", fontsize=9)
+    figure.suptitle(
+        "Averaging over AMS's neighbourhood moves the TD target; curvature would give a slope of 2", fontsize=9
+    )
     save(figure, path)
 
 
@@ -208,7 +210,7 @@ def draw_dog_run(data: Data, path: Path) -> None:
     """Our curve, the paper's figures and other repositories'."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     curve = dog_run_curve(data).loc[1:]
-    label = "AMS on TD3, ours, 1 seed, 8 environments: evaluation"
+    label = "AMS on TD3, ours, seed 1, 8 environments: evaluation"
     axis.plot(8 * curve.index / 1e6, curve, ".-", color=BLUE, label=label)
     for name, colour in (("AMS on SAC", GREEN), ("AMS on TD3", BLUE), ("TD3", BLACK)):
         value = data.printed(name, "dog-run", "training_return", "AMS, table 2")
@@ -221,7 +223,7 @@ def draw_dog_run(data: Data, path: Path) -> None:
         for names, height in labels_apart(rows):
             axis.annotate(f"  {names}", (steps / 1e6, height), va="center", fontsize=8, color=RED)
     axis.plot([], [], "s", color=RED, label="other repositories' result files")
-    axis.set(xscale="log", xlim=(0.08, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
+    axis.set(xscale="log", xlim=(0.15, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
     label_ticks(axis.xaxis)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     axis.set_title("dog-run", fontsize=9)
