@@ -123,12 +123,15 @@ class Linear(nn.Module):
         return x @ self.weight + self.bias
 
 
+H1, H2 = 256, 256  # hidden units of the actor and of each critic
+
+
 class Actor(nn.Module):
     def __init__(self, S: int, O: int, A: int):
         super().__init__()
-        self.fc1 = Linear((S,), O, 256)
-        self.fc2 = Linear((S,), 256, 256)
-        self.fc_out = Linear((S,), 256, 2 * A)  # mean and log standard deviation
+        self.fc1 = Linear((S,), O, H1)
+        self.fc2 = Linear((S,), H1, H2)
+        self.fc_out = Linear((S,), H2, 2 * A)  # mean and log standard deviation
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """observations [S, B, O] -> mean and log standard deviation [S, B, A] of a Gaussian, before squashing."""
@@ -150,9 +153,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     def __init__(self, S: int, O: int, A: int):
         super().__init__()
-        self.fc1 = Linear((S, 2), O + A, 256)
-        self.fc2 = Linear((S, 2), 256, 256)
-        self.fc_q = Linear((S, 2), 256, 1)
+        self.fc1 = Linear((S, 2), O + A, H1)
+        self.fc2 = Linear((S, 2), H1, H2)
+        self.fc_q = Linear((S, 2), H2, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]."""
