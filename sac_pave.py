@@ -320,7 +320,8 @@ class Agent:
         if R < args.batch_size:
             other_values = self.critic(batch.observations[:, R:], batch.actions[:, R:])
             values = torch.cat([values, other_values], 2)
-        penalty = args.mpr_weight * mpr + args.vfc_weight * vfc + args.curvature_weight * curv
+        weighted = [(args.mpr_weight, mpr), (args.vfc_weight, vfc), (args.curvature_weight, curv)]
+        penalty = sum(weight * loss for weight, loss in weighted if weight)  # what weighs 0 needs no gradient
         return values, penalty, {"losses/mpr": mpr, "losses/vfc": vfc, "losses/curv": curv}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
