@@ -72,7 +72,7 @@ def pave(agent, batch):
     probes = 2 * torch.randint_like(actions, 2) - 1
     columns = (observations, actions, batch.next_observations[:, :4], noise, probes)
     _, mpr, vfc, curv = load_script("td3_pave.py").pave_losses(agent.critic, *columns, 0.5)
-    return 2 * mpr + 3 * vfc + 5 * curv
+    return agent.args.mpr_weight * mpr + agent.args.vfc_weight * vfc + 5 * curv
 
 
 def gradient_penalty(agent, batch):
@@ -145,6 +145,7 @@ LOSSES = [  # script, other flags, terms of the critic's loss, terms of the acto
     ("baselines/td3_gp.py", {}, [td3_error, gradient_penalty], [td3_value]),
     ("baselines/td3_sn.py", {}, [td3_error], [td3_value]),
     ("td3_pave.py", {}, [td3_error, pave], [td3_value, caps]),
+    ("td3_pave.py", {"mpr_weight": 0.0, "vfc_weight": 0.0}, [td3_error, pave], [td3_value, caps]),
     ("td3_pave.py", dict.fromkeys(PAVE_WEIGHTS, 0.0), [td3_error], [td3_value, caps]),
     ("td3_ams.py", {}, [td3_ams_error], [td3_value]),
     ("td3_ams.py", {"shared_frame": True}, [td3_ams_error], [td3_value]),
