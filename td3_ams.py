@@ -72,7 +72,7 @@ class Args:
     env_id: str = "dog-run"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
     env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
-    num_seeds: int = 1  # S, independent seeds trained side by side; a run of one of them alone draws other numbers
+    num_seeds: int = 1  # S, independent seeds trained side by side; trained alone, one of them draws other numbers
     num_envs: int = 8  # N, parallel environments of each seed
     total_timesteps: int = 500_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
@@ -86,7 +86,7 @@ class Args:
     eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
     eval_episodes: int = 10  # of each seed
     save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
-    save_replay: bool = True  # with the checkpoint, so that a resumed run goes on where it was
+    save_replay: bool = True  # with the checkpoint; a run that resumes without it fills a new one first
 
     learning_rate: float = 3e-4  # of actor and critic
     buffer_size: int = 1_000_000  # transitions of each seed
@@ -99,7 +99,7 @@ class Args:
     policy_frequency: int = 2  # updates of the critic for each of the actor and the targets
     num_neighbors: int = 8  # K; 0 is TD3's noisy target action
     radius: float = 0.2  # the neighbours' distance from the target action
-    shared_frame: bool = False  # the same directions for the whole batch: the other reading of figure 2, line 3
+    shared_frame: bool = False  # the same directions for the whole batch: figure 2, line 3 can be read so too
     layer_norm: bool = True  # in the critic
     policy_noise: float = 0.2  # standard deviation of the noise on the target action, with --num-neighbors 0
     noise_clip: float = 0.5  # the bound of that noise
@@ -191,7 +191,7 @@ class Critic(nn.Module):
 def sample_directions(shape: tuple[int, ...], action_dim: int, num_neighbors: int, device: torch.device) -> Tensor:
     """K random orthonormal directions for each row, [*shape, K, A] (AMS, equation 9); several frames where K > A.
 
-    Gram-Schmidt on Gaussian vectors: the Q of their QR with a positive diagonal of R, so that no direction is likelier.
+    Gram-Schmidt on Gaussian vectors: the Q of their QR with a positive diagonal of R, so that all are equally likely.
     """
     rows = math.prod(shape)
     directions = []  # each [A, rows]
@@ -435,7 +435,7 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] / 1e9
     else:
-        gigabytes *= 2 if args.save_replay else 1  # a copy of it is written
+        gigabytes *= 2 if args.save_replay else 1  # saving it takes a copy
         free = psutil.virtual_memory().available / 1e9
         if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
             free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
@@ -463,13 +463,14 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
     elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
         env_id = f"shimmy:dm_control/{env_id}-v0"
     env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **kwargs)
-    return NormalizedEnv(env)
+    return FlatEnv(env)
 
 
-class NormalizedEnv(gym.Wrapper):
+class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
-    Observations and actions of any shape are flattened. What nobody here reads is not sent between processes: infos.
+    Observations and actions of any shape are flattened; observations are not normalised: to do that, wrap env before
+    this. What nobody here reads is not sent between processes: infos.
     """
 
     def __init__(self, env: gym.Env):
@@ -636,7 +637,7 @@ def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
-    """Seeds of count environments: other ones at each step, and for training and the evaluation."""
+    """Seeds of count environments, different for each step, and for training and evaluation."""
     return np.random.SeedSequence([args.seed, step, int(for_evaluation)]).generate_state(count).tolist()
 
 
@@ -773,7 +774,7 @@ def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
     saved = {"step": step}
     for name, module in agent.state().items():
         if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
-            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
+            sys.exit(f"step {step}: {name} is not finite; the last good checkpoint is in {folder}")
         saved[name] = module.state_dict()
     write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
@@ -1093,7 +1094,7 @@ def train(args: Args) -> None:
         if step % args.log_every == 0:
             scalars = {name: metric.mean().item() for name, metric in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
-                sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
+                sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
             log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
             finished_returns = [[] for _ in range(S)]
     envs.close()

@@ -69,7 +69,7 @@ class Args:
     env_id: str = "Walker2d-v5"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
     env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
-    num_seeds: int = 1  # S, independent seeds trained side by side; a run of one of them alone draws other numbers
+    num_seeds: int = 1  # S, independent seeds trained side by side; trained alone, one of them draws other numbers
     num_envs: int = 1  # N, parallel environments of each seed
     total_timesteps: int = 1_000_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
@@ -83,7 +83,7 @@ class Args:
     eval_every: int = 25_000  # vector steps between two evaluations of the deterministic policy
     eval_episodes: int = 10  # of each seed
     save_every: int = 50_000  # vector steps between two checkpoints; Ctrl-C and SIGTERM save one too
-    save_replay: bool = True  # with the checkpoint, so that a resumed run goes on where it was
+    save_replay: bool = True  # with the checkpoint; a run that resumes without it fills a new one first
 
     policy_lr: float = 1e-3
     q_lr: float = 1e-3  # of the critic and of the entropy coefficient
@@ -156,7 +156,7 @@ class Actor(nn.Module):
         noise = torch.randn_like(mean)
         actions = torch.tanh(mean + log_std.exp() * noise)
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - torch.log(1 - actions.square() + 1e-6)  # as CleanRL: no gradient is left close to +-1
+        log_prob = log_prob - torch.log(1 - actions.square() + 1e-6)  # 1e-6: no gradient close to +-1, as CleanRL
         return actions, log_prob.sum(-1), torch.tanh(mean)
 
     def predict(self, observations: Tensor) -> Tensor:
@@ -279,16 +279,16 @@ class Agent:
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """alpha log pi(a | s) - min_j Q_j(s, a) of sampled actions, plus ASAP's loss [S], and what to log."""
-        sampled, log_prob, actions = self.actor.sample(batch.observations)
+        actions, log_prob, mean_actions = self.actor.sample(batch.observations)
         alpha = self.alpha().detach()
-        values = self.critic(batch.observations, sampled).amin(1)  # [S, B]
+        values = self.critic(batch.observations, actions).amin(1)  # [S, B]
         loss = alpha * log_prob.mean(1) - values.mean(1)
         args = self.args
         around = torch.cat([batch.previous_observations, batch.next_observations], 1)
         previous_actions, next_actions = self.act(around, explore=False).chunk(2, 1)
         asap = asap_loss(
             previous_actions,
-            actions,
+            mean_actions,
             next_actions,
             self.actor.predict(batch.observations),
             self.slow_actor.predict(batch.observations),
@@ -297,7 +297,7 @@ class Agent:
             args.temporal_weight,
         )
         metrics = {"losses/actor_loss": loss, "losses/alpha": alpha, "losses/entropy": -log_prob.mean(1)}
-        metrics |= {"losses/asap": asap, "diagnostics/action_saturation": action_saturation(actions)}
+        metrics |= {"losses/asap": asap, "diagnostics/action_saturation": action_saturation(mean_actions)}
         return loss + asap, metrics
 
     def alpha_loss(self, entropy: Tensor) -> Tensor:
@@ -460,7 +460,7 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] / 1e9
     else:
-        gigabytes *= 2 if args.save_replay else 1  # a copy of it is written
+        gigabytes *= 2 if args.save_replay else 1  # saving it takes a copy
         free = psutil.virtual_memory().available / 1e9
         if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
             free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
@@ -488,13 +488,14 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
     elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
         env_id = f"shimmy:dm_control/{env_id}-v0"
     env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **kwargs)
-    return NormalizedEnv(env)
+    return FlatEnv(env)
 
 
-class NormalizedEnv(gym.Wrapper):
+class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
-    Observations and actions of any shape are flattened. What nobody here reads is not sent between processes: infos.
+    Observations and actions of any shape are flattened; observations are not normalised: to do that, wrap env before
+    this. What nobody here reads is not sent between processes: infos.
     """
 
     def __init__(self, env: gym.Env):
@@ -661,7 +662,7 @@ def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
-    """Seeds of count environments: other ones at each step, and for training and the evaluation."""
+    """Seeds of count environments, different for each step, and for training and evaluation."""
     return np.random.SeedSequence([args.seed, step, int(for_evaluation)]).generate_state(count).tolist()
 
 
@@ -798,7 +799,7 @@ def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
     saved = {"step": step}
     for name, module in agent.state().items():
         if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
-            sys.exit(f"step {step}: {name} is not finite; the checkpoint in {folder} is from before")
+            sys.exit(f"step {step}: {name} is not finite; the last good checkpoint is in {folder}")
         saved[name] = module.state_dict()
     write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
@@ -1120,7 +1121,7 @@ def train(args: Args) -> None:
         if step % args.log_every == 0:
             scalars = {name: metric.mean().item() for name, metric in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
-                sys.exit(f"step {step}: a loss is not finite; the checkpoint in {folder} is from before")
+                sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
             log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
             finished_returns = [[] for _ in range(S)]
     envs.close()
