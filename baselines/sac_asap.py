@@ -39,6 +39,7 @@ import multiprocessing
 import os
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -46,6 +47,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -242,8 +244,7 @@ class Agent:
         self.critic = Critic(args.num_seeds, O, A).to(device)
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         self.slow_actor = deepcopy(self.actor).requires_grad_(False)
-        start = 0.0 if args.autotune else math.log(args.alpha)
-        self.log_alpha = nn.ParameterList([torch.full((args.num_seeds,), start, device=device)])
+        self.log_alpha = nn.ParameterList([torch.zeros(args.num_seeds, device=device)])
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.q_lr)
@@ -251,7 +252,8 @@ class Agent:
 
     def alpha(self) -> Tensor:
         """The entropy coefficient [S]."""
-        return self.log_alpha[0].exp()
+        log_alpha = self.log_alpha[0]
+        return log_alpha.exp() if self.args.autotune else torch.full_like(log_alpha, self.args.alpha)
 
     def act(self, observations: Tensor, explore: bool) -> Tensor:
         """observations [S, B, O] -> actions [S, B, A]."""
@@ -378,7 +380,10 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 def compile_gradients(gradients: Callable, device: torch.device) -> Callable:
-    """torch.compile for a function that always gets the same shapes and networks: it need not check them each time."""
+    """torch.compile for a function that always gets the same shapes and networks: it need not check them each time.
+
+    Nor does it see that a number has changed: what changes with time must be a tensor, filled in place.
+    """
     torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradients become one graph (torch >= 2.11)
     options = {"guard_filter_fn": lambda guards: [False] * len(guards)}  # some 300 guards a call
     if device.type == "cpu":
@@ -457,16 +462,36 @@ class ReplayBuffer:
 def check_memory(args: Args, width: int, capacity: int, device: torch.device) -> None:
     """Says what the replay will take; it is filled over hours, so one that cannot fit is refused here."""
     gigabytes = args.num_seeds * capacity * args.num_envs * width * 4 / 1e9
+    in_memory = gigabytes if args.save_replay else 0.0  # saving it takes a copy
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] / 1e9
+        check_fits(args, "GPU memory", gigabytes, torch.cuda.mem_get_info()[0] / 1e9)
     else:
-        gigabytes *= 2 if args.save_replay else 1  # saving it takes a copy
-        free = psutil.virtual_memory().available / 1e9
-        if "SLURM_MEM_PER_NODE" in os.environ:  # in megabytes
-            free = min(free, float(os.environ["SLURM_MEM_PER_NODE"]) / 1e3)
-    print(f"a full replay needs {gigabytes:.2f} GB; {free:.1f} GB of memory are free", flush=True)
+        in_memory += gigabytes
+    check_fits(args, "memory", in_memory, free_memory() / 1e9)
+
+
+def check_fits(args: Args, kind: str, gigabytes: float, free: float) -> None:
+    print(f"a full replay needs {gigabytes:.2f} GB of {kind}; {free:.1f} GB are free", flush=True)
     if gigabytes > free:
         fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
+
+
+def free_memory() -> float:
+    """Bytes that this process may take: the machine's, or less where SLURM or a container grants less."""
+    grants = [float(psutil.virtual_memory().available)]
+    for name, count in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", count_cores())):
+        megabytes = float(os.environ.get(name, 0))  # 0: all that there are
+        grants.append(megabytes * count * 2**20 or float("inf"))
+    cgroups = Path("/proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.exists() else []:
+        _, controller, group = line.split(":", 2)
+        if controller in ("memory", ""):  # version 1 and version 2
+            folder = Path("/sys/fs/cgroup", controller, group.lstrip("/"))
+            for ancestor in (folder, *folder.parents):
+                for limit in (ancestor / "memory.limit_in_bytes", ancestor / "memory.max"):
+                    if limit.exists():
+                        grants.append(float(limit.read_text().replace("max", "inf")))
+    return min(grants)
 
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -599,10 +624,14 @@ class EnvGroup(gym.vector.SyncVectorEnv):
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions
 
-    def step_wait(self, timeout: float) -> tuple:
+    def step_wait(self) -> tuple:
         """observations, rewards, terminations, truncations and final observations."""
         *columns, infos = self.step(self.actions)
         return *columns, infos["final_obs"]
+
+
+RESET_TIMEOUT = 3600  # seconds for all environments of a process; the first time they are made in them, and may compile
+STEP_TIMEOUT = 300
 
 
 class EnvWorkers:
@@ -614,29 +643,50 @@ class EnvWorkers:
 
     def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
         seeds = np.reshape(seed, (self.groups.num_envs, -1)).tolist()
-        observations, infos = self.groups.reset(seed=seeds)
+        self.groups.reset_async(seed=seeds)
+        observations, infos = self.groups.reset_wait(RESET_TIMEOUT)
         return np.concatenate(observations), infos
 
     def step_async(self, actions: np.ndarray) -> None:
         self.groups.step_async(actions.reshape(self.groups.action_space.shape))
 
-    def step_wait(self, timeout: float) -> tuple:
-        *columns, infos = self.groups.step_wait(timeout)
+    def step_wait(self) -> tuple:
+        *columns, infos = self.groups.step_wait(STEP_TIMEOUT)
         return tuple(np.concatenate(column) for column in (*columns, infos["final_obs"]))
 
     def close(self) -> None:
         self.groups.close()
 
 
-def make_worker(args: Args, seeds: list[int], trainer: int) -> EnvGroup:
-    """A worker's group. AsyncVectorEnv also makes one in the trainer, whose process id is given, to see its spaces."""
-    if os.getpid() != trainer:
-        for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
-            signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    return EnvGroup(args, seeds)
+class WorkerGroup(EnvGroup):
+    """A group in a process of its own. AsyncVectorEnv also makes one in the trainer, whose process id is given."""
+
+    def __init__(self, args: Args, seeds: list[int], trainer: int):
+        if os.getpid() != trainer:
+            torch.set_num_threads(1)  # a fork has none of the trainer's, and an environment's torch would wait for them
+            for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
+                signal.signal(number, signal.SIG_IGN)
+            if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
+                PR_SET_PDEATHSIG = 1
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        super().__init__(args, seeds)
+
+    def reset(self, **kwargs) -> tuple:
+        with sendable_errors():
+            return super().reset(**kwargs)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        with sendable_errors():
+            return super().step(actions)
+
+
+@contextmanager
+def sendable_errors():
+    """Not every exception can be sent to the trainer: one is raised that can, with the traceback."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__) from None
 
 
 def count_cores() -> int:
@@ -658,7 +708,7 @@ def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
     if size == len(seeds):
         return EnvGroup(args, seeds)
     groups = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    return EnvWorkers([partial(make_worker, args, group, os.getpid()) for group in groups])
+    return EnvWorkers([partial(WorkerGroup, args, group, os.getpid()) for group in groups])
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
@@ -727,7 +777,7 @@ def evaluate(policy: Callable, envs: EnvGroup | EnvWorkers, args: Args, step: in
         actions.append(policy(observations))
         check_finite(step, action=actions[-1])
         envs.step_async(actions[-1])
-        observations, rewards, terminations, truncations, _ = envs.step_wait(timeout=300)
+        observations, rewards, terminations, truncations, _ = envs.step_wait()
         check_finite(step, observation=observations, reward=rewards)
         returns += rewards * running
         lengths += running
@@ -762,16 +812,11 @@ def open_folder(args: Args) -> Path:
 
 
 def make_folder(args: Args) -> Path:
-    """Two runs never share one: of those that begin in the same second the later one takes the next second's name."""
-    timestamp = int(time.time())
-    while True:
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{timestamp}"
-        folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            timestamp += 1
+    """No two runs share its name, their id for Weights & Biases, not even on two nodes of a cluster."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{secrets.token_hex(3)}"
+    folder = Path(args.runs_dir, re.sub(r"[^\w.-]", "_", name))
+    folder.mkdir(parents=True)
+    return folder
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -780,6 +825,8 @@ def write_atomically(path: Path, write: Callable) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
+        file.flush()
+        os.fsync(file.fileno())  # some file systems rename before they write
     os.replace(temporary, path)
 
 
@@ -803,7 +850,9 @@ def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
         saved[name] = module.state_dict()
     write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
-        rows = torch.stack([rows[: replay.steps].cpu() for rows in replay.rows])
+        rows = torch.empty_like(replay.rows[:, : replay.steps], device="cpu")
+        for saved_rows, seed_rows in zip(rows, replay.rows):  # seed by seed: one copy, not two
+            saved_rows.copy_(seed_rows[: replay.steps])
         write_atomically(folder / "replay.pt", partial(torch.save, {"rows": rows, "steps": replay.steps}))
 
 
@@ -1105,7 +1154,7 @@ def train(args: Args) -> None:
             for index in range(args.update_every):
                 update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
                 metrics |= update()
-        next_observations, rewards, terminations, truncations, final_observations = envs.step_wait(timeout=300)
+        next_observations, rewards, terminations, truncations, final_observations = envs.step_wait()
 
         done = terminations | truncations  # there next_observations already begin the next episode
         check_finite(step, observation=final_observations, reward=rewards)

@@ -82,13 +82,19 @@ def is_dm_control(env: gym.Env) -> bool:
 def time_step(env: gym.Env) -> float:
     """Seconds from one action to the next. A guess is said."""
     frames_a_second = env.metadata.get("render_fps")
-    seconds = getattr(env.unwrapped, "dt", None)  # in some environments that of the physics: a part of a step
+    seconds = getattr(env.unwrapped, "dt", None)
+    found = []
     if isinstance(frames_a_second, Real) and frames_a_second > 0 and not is_dm_control(env):  # shimmy's is wrong
-        return 1 / float(frames_a_second)
+        found.append(1 / float(frames_a_second))
     if isinstance(seconds, Real) and seconds > 0:  # in shimmy dm_control's control_timestep()
-        return float(seconds)
-    print("the environment has neither metadata['render_fps'] nor dt: its time step is taken to be 0.05 s")
-    return 0.05
+        found.append(float(seconds))
+    if not found:
+        print("the environment has neither metadata['render_fps'] nor dt: its time step is taken to be 0.05 s")
+        return 0.05
+    longest = max(found)  # some have the physics' dt, a part of a step; others a film's frames, several to a step
+    if min(found) < 0.98 * longest:
+        print(f"dt is {seconds} s, metadata['render_fps'] {frames_a_second}: a step is taken to last {longest:.4g} s")
+    return longest
 
 
 def render(env: gym.Env) -> np.ndarray:

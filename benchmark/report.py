@@ -518,10 +518,11 @@ def main(options: Options) -> None:
         paths = list(figures(section, places, curves, paper, peers, options.output))
         images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
         page.append((section, found, images))
-    template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html.jinja").read_text())
+    source = Path(__file__).with_suffix(".html.jinja").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(source)
     number_of_runs = counted(len(runs), "run")
     text = template.render(runs=number_of_runs, summary=summary, sections=page, reasons=reasons)
-    (options.output / "report.html").write_text(text)
+    (options.output / "report.html").write_text(text, "utf-8")
     print(f"{number_of_runs}, {counted(len(page), 'section')}: {options.output / 'report.html'}")
 
 

@@ -111,3 +111,12 @@ def test_gae_is_the_direct_sum():
             expected += alive * (0.97 * 0.9) ** (later - t) * deltas[:, later]
             alive[ends[:, later] == 1] = 0
         torch.testing.assert_close(advantages[:, t], expected)
+
+
+def test_memory_that_slurm_grants(monkeypatch):
+    script = load_script("td3_ams.py")
+    free = script.free_memory()
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")  # all of it
+    assert script.free_memory() > free / 2
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1")  # megabyte
+    assert script.free_memory() == script.count_cores() * 2**20

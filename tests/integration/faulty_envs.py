@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import random
+import threading
 import time
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from gymnasium.wrappers import ClipAction, RescaleAction
 
@@ -65,6 +67,29 @@ class GlobalRandom(Point):
         return self.observe(self.state), {}
 
 
+class HangsInReset(Point):
+    """In the third that an evaluation asks for; a new episode after an ended one is not asked for, and has no seed."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None and self.steps >= 2 * self.length:
+            time.sleep(10**6)
+        return super().reset(seed=seed)
+
+
+class ComputesWithTorch(Point):
+    """On all threads that it may use."""
+
+    def reset(self, **kwargs):
+        torch.ones(300_000).tanh().sum()
+        return super().reset(**kwargs)
+
+
+class UnsendableError(Exception):
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()  # cannot be pickled
+
+
 def bits(state):
     return {"door": np.array([True, False]), "gear": 2, "state": np.float32(state), "touch": np.ones(2, np.int8)}
 
@@ -78,12 +103,17 @@ def raises(observation, reward):
     raise ValueError("the robot fell off the table\nand broke")
 
 
+def raises_unsendable(observation, reward):
+    raise UnsendableError("the simulator is gone")
+
+
 def unfinished():
     raise RuntimeError(f"no task given, MUJOCO_GL is {os.environ.get('MUJOCO_GL')}")
 
 
 FAULTS = {
     "Raises": raises,
+    "RaisesUnsendable": raises_unsendable,
     "Dies": lambda observation, reward: os._exit(0),  # as a crash in C, or the kernel's killer of processes
     "Hangs": lambda observation, reward: time.sleep(10**6),
     "NanObservation": lambda observation, reward: (observation * np.nan, reward),
@@ -107,6 +137,7 @@ SOUND = {  # and the numbers in an observation and in an action
     "Clipped": (lambda: ClipAction(Point()), 2, 1),
     "ArrayReward": (partial(Faulty, lambda observation, reward: (observation, np.array([reward])), 0), 2, 1),
     "GlobalRandom": (GlobalRandom, 2, 1),
+    "ComputesWithTorch": (ComputesWithTorch, 2, 1),
     "Endless": (partial(Point, length=0), 2, 1),
 }
 REFUSED = {  # and why
@@ -120,5 +151,6 @@ REFUSED = {  # and why
 }
 for name, fault in FAULTS.items():
     gym.register(f"{name}-v0", partial(Faulty, fault))
+gym.register("HangsInReset-v0", HangsInReset)
 for name, (make, *_) in (SOUND | REFUSED).items():
     gym.register(f"{name}-v0", make)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 from faulty_envs import REFUSED, SOUND
-from processes import SMALL, Run, flags, load, only_run, read_eval, use_cores
+from processes import SMALL, Run, flags, load, only_run, read_eval, start_script, use_cores
 from test_scripts import check_refused
 
 TD3 = "baselines/td3.py"
@@ -90,6 +90,15 @@ def test_workers_draw_different_numbers_and_the_same_in_another_run(tmp_path):
     assert replays[0].equal(replays[1])
     starts = replays[0][0, [0, 20], :, :2].flatten(0, 1)  # two episodes of both environments
     assert all(len(column.unique()) == 4 for column in starts.T)
+
+
+def test_workers_that_compute_with_torch(tmp_path):
+    """They are forks of a trainer that has used two threads."""
+    words = flags(TD3, **SMALL | dict(env_id="faulty_envs:ComputesWithTorch-v0", total_timesteps=30, num_envs=1))
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "2"}
+    process = start_script(TD3, *words, cwd=tmp_path, **environment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
 
 
 def test_without_a_compiler_that_works(tmp_path):

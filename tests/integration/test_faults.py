@@ -26,10 +26,11 @@ each_script = pytest.mark.parametrize("path", [TD3, *SLOW])
 
 
 def impatient() -> None:
-    """Two environments have a process each, and 5 s instead of 300 to answer."""
+    """Two environments have a process each, and 5 s to answer."""
     use_cores(2)
-    wait = AsyncVectorEnv.step_wait
-    AsyncVectorEnv.step_wait = lambda self, timeout=None: wait(self, 5)
+    for name in ("reset_wait", "step_wait"):
+        wait = getattr(AsyncVectorEnv, name)
+        setattr(AsyncVectorEnv, name, lambda self, timeout=None, wait=wait: wait(self, 5))
 
 
 def start(path: str, cwd: Path, env: str = "Cheap", before: Callable = impatient, **changes) -> Run:
@@ -100,16 +101,19 @@ def test_a_signal_saves(path, name, send, tmp_path, monkeypatch):
 EXPECTED = {
     "Raises": "ValueError: the robot fell off the table",
     "Dies": "EOFError|BrokenPipeError|ConnectionResetError",
-    "Hangs": "TimeoutError: .* timed out after 5 second",
+    "Hangs": "TimeoutError: .*step_wait.* timed out after 5 second",
+    "HangsInReset": "TimeoutError: .*reset_wait.* timed out after 5 second",
+    "RaisesUnsendable": "RuntimeError: UnsendableError: the simulator is gone",
     "NanObservation": rf"step {GOOD_STEPS}: the observation of environment 0 is not finite: \[nan nan\]",
     "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
     "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
 }
 MISBEHAVE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # in the trainer's process
-MISBEHAVE += [("Raises", 2), ("Dies", 2), ("Hangs", 2), ("OverflowingReward", 2)]  # in one of its own
+IN_WORKERS = ("Raises", "RaisesUnsendable", "Dies", "Hangs", "OverflowingReward")
+MISBEHAVE += [(env, 2) for env in IN_WORKERS]
 EVALUATION = dict(eval_every=10, save_every=10)  # the third is too long, with 20 steps each
 ROWS = [(*row, {}, 40) for row in MISBEHAVE]
-ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs")]
+ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
 
 
 @each_script

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load_script
 from processes import SMALL, Run, flags, only_run
 
 pytest.importorskip("onnxruntime", reason="the benchmark extra is not installed: uv run --extra benchmark pytest")
@@ -56,6 +57,12 @@ def test_scores_are_those_of_the_evaluation(trained, capsys, path, env_id):
         np.testing.assert_allclose(printed, [values.mean(), values.std()], rtol=5e-3, atol=5e-3 * abs(printed[0]))
 
 
+@pytest.mark.parametrize("env_id, dt", [("Pendulum-v1", 0.05), ("Reacher-v5", 0.02), ("LunarLander-v3", 0.02)])
+def test_time_step(env_id, dt):
+    """Pendulum-v1's render_fps is 30; LunarLander-v3 has no dt."""
+    assert play.time_step(load_script("td3_pave.py").make_env(env_id)) == pytest.approx(dt)
+
+
 def test_delay_is_in_steps_and_noise_in_deviations(trained):
     player = play.load_player(trained(*NESTED))
     box = player.env.action_box
@@ -76,7 +83,7 @@ def test_film_and_figure_of_two_disturbed_runs(trained, tmp_path):
     assert "noise 0.5, delay 2" in run.output
     (film,) = left.glob("play_*_beside_*.mp4")
     frames = imageio.imread(film, plugin="FFMPEG").astype(int)
-    assert frames.shape == (30, 500, 1000, 3)  # in real time
+    assert frames.shape == (20, 500, 1000, 3)  # in real time: a step takes 0.05 s
     assert np.abs(frames[-1, :, :500] - frames[-1, :, 500:]).max() > 100  # each its own policy
     assert imageio.imread(film.with_suffix(".png")).std() > 10
 
