@@ -63,7 +63,7 @@ def test_what_a_run_prints_and_writes(small_run):
     assert re.fullmatch(rf"finished runs/{folder.name}: .*play.py .*export.py.*", printed[-1])
 
     assert json.loads((folder / "args.json").read_text())["script"] == Path(path).stem
-    assert re.fullmatch(rf"Pendulum-v1__{Path(path).stem}__1__\d+_[0-9a-f]{6}", folder.name)
+    assert re.fullmatch(rf"Pendulum-v1__{Path(path).stem}__1__\d+_[0-9a-f]{{6}}", folder.name)
 
     rows = read_eval(folder)
     keys = [(row["step"], row["transitions"], row["seed"], row["episode"]) for row in rows]
