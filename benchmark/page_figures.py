@@ -140,7 +140,7 @@ def draw_trade_off(data: Data, path: Path) -> None:
         axis.set_xlabel("smoothness / that of the seed's own base (log)")
         axis.set_title(backbone, fontsize=9)
         axis.legend(frameon=False, fontsize=7.5, loc="best")
-    axes[0].set_ylabel("return less the seed's own base")
+    axes[0].set_ylabel("return minus the seed's own base")
     how = "left is smoother; hollow: too few seeds for an interval"
     figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; {how}", fontsize=9)
     save(figure, path)

@@ -70,8 +70,8 @@ variance and saturation (the share of the actor's action components beyond 0.98)
 Our gradient norm is some 50 times the paper's: of another definition. Its “1M environment steps” are probably
 transitions, 8 a vector step, on an RTX 3090. Returns lie between 0 and 1000, so the paper's deviations for SAC on
 h1-walk, dog-stand and h1-run cannot be; with mean and deviation exchanged they can. The shift is min_j Q_j at the
-policy's action less its mean around it, at 512 next states of the replay; unclipped: where the neighbours may leave the
-box [-1, 1]. Taylor: -radius² / (2 A) tr H, 0 for a ReLU critic without LayerNorm, whose curvature is in its kinks."""
+policy's action minus its mean around it, at 512 next states of the replay; unclipped: where the neighbours may leave
+the box [-1, 1]. Taylor: -radius² / (2 A) tr H, 0 for a ReLU critic without LayerNorm: its curvature is in its kinks."""
 
 
 class Section(NamedTuple):
@@ -332,7 +332,7 @@ def summary_html(sections: list[tuple[Section, list[tuple]]], curves: Curves) ->
                     row.setdefault("seeds", str(seeds))
                     row.setdefault("steps", f"{min(steps):,}")
             if row:
-                versus = html.escape(f"{name}, less {section.base}")
+                versus = html.escape(f"{name} minus {section.base}")
                 rows.append({"environment": html.escape(env_id), "method": versus, **row})
     return as_html(rows, ["environment", "method", *map(label_of, metrics), "seeds", "steps"])
 
@@ -406,7 +406,7 @@ def paper_points(name: str, env_id: str, metric: str, curve: pd.DataFrame, paper
 def plane_figure(
     path: Path, section: Section, colours: dict[str, str], names: list[str], env_id: str, curves: Curves
 ) -> Path:
-    """Return less the seed's own base against smoothness, with intervals: up and to the left is better."""
+    """Return minus the seed's own base against smoothness, with intervals: up and to the left is better."""
     _, axis = plt.subplots(layout="constrained")
     for name in names:
         step = last_step(curves, name, env_id, "avg_return")

@@ -96,7 +96,7 @@ def test_a_page_counts_the_right_runs_and_steps(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("9 runs, 2 sections")
     page = tmp_path / "report" / "report.html"
     summary, table, other = pd.read_html(page, index_col=[0, 1])
-    difference = summary.loc[("quadruped-run", "AMS on TD3, less TD3")]
+    difference = summary.loc[("quadruped-run", "AMS on TD3 minus TD3")]
     assert difference["training return ↑"].item().startswith("53.3")  # 25 + the mean of 0, 42 and 43
     row = table.loc[("quadruped-run", "AMS")].droplevel(1)
     assert row["training return ↑"] == "325.0 [125.0, 525.0]"
