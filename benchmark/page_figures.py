@@ -113,7 +113,7 @@ def draw_shift(data: Data, path: Path) -> None:
 
 def draw_trade_off(data: Data, path: Path) -> None:
     """Return and smoothness beside the seed's own base: means over seeds with their intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.6), layout="constrained")
     for axis, backbone in zip(axes, ("TD3", "SAC")):
         base_smoothness = data.seeds(f"Base on {backbone}", "smoothness", PENDULUM_STEPS)
         base_return = data.seeds(f"Base on {backbone}", "avg_return", PENDULUM_STEPS)
@@ -129,9 +129,8 @@ def draw_trade_off(data: Data, path: Path) -> None:
             if bounds is not None:
                 axis.plot(bounds, [y, y], color=colour, lw=1.2)
                 axis.plot([x, x], interval(less), color=colour, lw=1.2)
-            seeds = f"{len(less)} seed" if len(less) == 1 else f"{len(less)} seeds"
             face = "white" if bounds is None else colour
-            axis.plot(x, y, "o", ms=7, color=colour, mfc=face, label=f"{method}, {seeds}")
+            axis.plot(x, y, "o", ms=7, color=colour, mfc=face, label=with_seeds(method, less))
         axis.plot(1, 0, "P", ms=9, color=BLACK, label="base")
         axis.axhline(0, color=GREY, lw=0.8, ls="--", zorder=0)
         axis.axvline(1, color=GREY, lw=0.8, ls="--", zorder=0)
@@ -139,11 +138,15 @@ def draw_trade_off(data: Data, path: Path) -> None:
         label_ticks(axis.xaxis)
         axis.set_xlabel("smoothness / that of the seed's own base (log)")
         axis.set_title(backbone, fontsize=9)
-        axis.legend(frameon=False, fontsize=7.5, loc="best")
+        axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("return minus the seed's own base")
     how = "left is smoother; hollow: too few seeds for an interval"
     figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; {how}", fontsize=9)
     save(figure, path)
+
+
+def with_seeds(method: str, values: pd.Series | pd.DataFrame) -> str:
+    return f"{method}, {len(values)} seed" if len(values) == 1 else f"{method}, {len(values)} seeds"
 
 
 def label_ticks(axis: matplotlib.axis.Axis) -> None:
@@ -167,7 +170,7 @@ def draw_m_sup(data: Data, path: Path) -> None:
         smoothness = data.seeds(name, "smoothness", PENDULUM_STEPS)
         points = pd.DataFrame({"M_sup": data.seeds(name, "M_sup", PENDULUM_STEPS), "smoothness": smoothness}).dropna()
         if len(points):
-            label = f"{method}, {len(points)} seeds"
+            label = with_seeds(method, points)
             axis.plot(points.M_sup, points.smoothness, "o", ms=7, color=colour, mec="white", mew=0.6, label=label)
     axis.set(xscale="log", yscale="log", xlabel="M_sup, the mixed Hessian's largest norm (log)")
     axis.set_ylabel("smoothness (log; lower is smoother)")
