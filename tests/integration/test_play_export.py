@@ -78,7 +78,7 @@ def test_delay_is_in_steps_and_noise_in_deviations(trained):
 
 def test_film_and_figure_of_two_disturbed_runs(trained, tmp_path):
     left = trained("baselines/td3.py", "Pendulum-v1")
-    words = "--episodes 1 --noise 0.5 --delay 2 --film --seconds 1 --plot".split()
+    words = "--episodes 1 --noise 0.5 --delay 2 --gif --seconds 1 --plot".split()
     run = Run("benchmark/play.py", left, trained(*PAVE), *words, cwd=tmp_path / "film").wait(0)
     assert "noise 0.5, delay 2" in run.output
     (film,) = left.glob("play_*_beside_*.mp4")
@@ -86,6 +86,8 @@ def test_film_and_figure_of_two_disturbed_runs(trained, tmp_path):
     assert frames.shape == (20, 500, 1000, 3)  # in real time: a step takes 0.05 s
     assert np.abs(frames[-1, :, :500] - frames[-1, :, 500:]).max() > 100  # each its own policy
     assert imageio.imread(film.with_suffix(".png")).std() > 10
+    moving = imageio.imread(film.with_suffix(".gif"), index=None).astype(int)
+    assert moving.shape[:3] == (15, 250, 500) and np.abs(moving[-1] - moving[0]).max() > 100
 
 
 def test_interrupted_film_leaves_nothing(trained, tmp_path):
