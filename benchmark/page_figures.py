@@ -164,7 +164,7 @@ def short_tick(value: float, _: int) -> str:
 
 def draw_m_sup(data: Data, path: Path) -> None:
     """M_sup against smoothness, a dot a seed."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.2, 4.5), layout="constrained")
     for method, colour in PAVE_COLOURS.items():
         name = f"{method} on TD3"
         smoothness = data.seeds(name, "smoothness", PENDULUM_STEPS)
@@ -176,7 +176,7 @@ def draw_m_sup(data: Data, path: Path) -> None:
     axis.set_ylabel("smoothness (log; lower is smoother)")
     label_ticks(axis.xaxis)
     label_ticks(axis.yaxis)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     axis.set_title(f"{PENDULUM} on TD3, {PENDULUM_STEPS:,} steps; a dot a seed", fontsize=9)
     save(figure, path)
 
