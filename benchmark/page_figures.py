@@ -33,7 +33,8 @@ from runs import Run
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-# Paul Tol's, with a contrast of more than 3 to white; colour-blind readers tell them apart.
+# Paul Tol's, with a contrast of more than 3 to white. No two methods of a figure share both hue and marker, since
+# colour-blind readers take RED and OLIVE for one.
 BLUE = "#0077BB"
 RED = "#CC3311"
 GREEN = "#117733"
@@ -44,6 +45,7 @@ BLACK = "#000000"
 
 MARKERS = dict(zip(SEEDS, "os^"))
 PAVE_COLOURS = dict(zip(PAVE_METHODS, (BLACK, BLUE, GREEN, RED, PURPLE, OLIVE, GREY, "#882255")))
+PAVE_MARKERS = dict(zip(PAVE_METHODS, "Pos^DvX>"))
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -71,10 +73,10 @@ def draw_quadruped(data: Data, path: Path) -> None:
         at = (place, returns.min() - 14)
         axis.annotate(label, at, ha="center", va="top", fontsize=7.5, color=colour)
     axis.axhline(ESCAPE, color=GREY, lw=1, ls="--", zorder=0)
-    axis.annotate(f"escapes lying on its side: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
+    axis.annotate(f"escape: {ESCAPE}", (-0.48, ESCAPE + 5), fontsize=8, color=GREY)
     axis.set_xticks(range(3), list(GRID["LayerNorm"]))
     axis.set(xlim=(-0.5, 2.5), ylim=(130, 680), xlabel="what smooths the target")
-    axis.set_ylabel("training return, last 20,000 steps")
+    axis.set_ylabel("training return (of 1000), last 20,000 steps")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=critic) for critic, colour in colours.items()]
     for seed, marker in MARKERS.items():
         handles.append(plt.Line2D([], [], marker=marker, color=GREY, ls="", label=f"seed {seed}"))
@@ -85,13 +87,13 @@ def draw_quadruped(data: Data, path: Path) -> None:
 
 def draw_shift(data: Data, path: Path) -> None:
     """How far AMS's neighbourhood moves the target, against its radius: a panel a network."""
-    count = len(SHIFT_NETWORKS)
-    figure, axes = plt.subplots(1, count, figsize=(1.0 + 2.7 * count, 3.3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(6.8, 6.2), sharex=True, sharey=True, layout="constrained")
     radii = np.array(RADII)
-    for axis, network in zip(axes, SHIFT_NETWORKS):
+    for axis, network in zip(axes.flat, SHIFT_NETWORKS):
         step, values = network.values(data)
         for prefix, colour, label in (("", RED, "clipped to the box, as AMS does"), ("unclipped_", BLUE, "unclipped")):
             shifts = np.array([values[f"{prefix}shift_radius_{radius}"] for radius in RADII])
+            shifts /= values["value_sd_over_states"]
             axis.plot(radii, shifts, "o-", color=colour, lw=1.4, ms=5, label=label)
             slope, _ = np.polyfit(np.log(radii), np.log(shifts), 1)
             at = (radii[2], shifts[2])
@@ -101,47 +103,43 @@ def draw_shift(data: Data, path: Path) -> None:
         axis.minorticks_off()
         bound = f"{100 * values['saturated_actions']:.0f} % of action components at the bound"
         where = f"{network.env_id}, seed {network.seed}, {step:,} steps"
-        axis.set_title(f"{network.label}\n{where}\n{bound}", fontsize=8.5)
-    axes[0].set_ylabel("target lowered by (units of Q)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(
-        "Averaging over AMS's neighbourhood moves the TD target; curvature would give a slope of 2", fontsize=9
-    )
+        axis.set_title(f"{network.label}\n{where}\n{bound}", fontsize=9)
+        axis.label_outer()
+    figure.supylabel("target lowered by (standard deviations of Q over states)", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle("Averaging over AMS's neighbourhood lowers Q; curvature would give a slope of 2", fontsize=10)
     save(figure, path)
 
 
 def draw_trade_off(data: Data, path: Path) -> None:
-    """Return and smoothness beside the seed's own base: means over seeds with their intervals."""
+    """Return and smoothness beside the seed's own base: means over seeds with their intervals, smoothness's of logs."""
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.6), layout="constrained")
     for axis, backbone in zip(axes, ("TD3", "SAC")):
         base_smoothness = data.seeds(f"Base on {backbone}", "smoothness", PENDULUM_STEPS)
         base_return = data.seeds(f"Base on {backbone}", "avg_return", PENDULUM_STEPS)
         for method, colour in PAVE_COLOURS.items():
             smoothness = data.seeds(f"{method} on {backbone}", "smoothness", PENDULUM_STEPS)
-            over = (smoothness / base_smoothness).dropna()
+            over = np.log(smoothness / base_smoothness).dropna()
             less = (data.seeds(f"{method} on {backbone}", "avg_return", PENDULUM_STEPS) - base_return).dropna()
-            if less.empty or method == "Base":
+            if len(less) < 3 or method == "Base":
                 continue
-            x = over.mean()
+            x = np.exp(over.mean())
             y = less.mean()
-            bounds = interval(over)
-            if bounds is not None:
-                axis.plot(bounds, [y, y], color=colour, lw=1.2)
-                axis.plot([x, x], interval(less), color=colour, lw=1.2)
-            face = "white" if bounds is None else colour
-            axis.plot(x, y, "o", ms=7, color=colour, mfc=face, label=with_seeds(method, less))
-        axis.plot(1, 0, "P", ms=9, color=BLACK, label="base")
+            axis.plot(np.exp(interval(over)), [y, y], color=colour, lw=1.2)
+            axis.plot([x, x], interval(less), color=colour, lw=1.2)
+            axis.plot(x, y, PAVE_MARKERS[method], ms=8, color=colour, label=with_seeds(method, less))
+        axis.plot(1, 0, PAVE_MARKERS["Base"], ms=9, color=BLACK, label="base")
         axis.axhline(0, color=GREY, lw=0.8, ls="--", zorder=0)
         axis.axvline(1, color=GREY, lw=0.8, ls="--", zorder=0)
         axis.set_xscale("log")
         label_ticks(axis.xaxis)
         axis.set_xlabel("smoothness / that of the seed's own base (log)")
-        axis.set_title(backbone, fontsize=9)
+        axis.set_title(f"{backbone}; the base's return: {base_return.mean():.0f}", fontsize=9)
         axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("return minus the seed's own base")
-    how = "left is smoother; hollow: too few seeds for an interval"
-    figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; {how}", fontsize=9)
+    how = "left is smoother; crosses: means and 95 % bootstrap intervals over seeds"
+    figure.suptitle(f"{PENDULUM}, {PENDULUM_STEPS:,} steps; {how}; the panels' scales differ", fontsize=9)
     save(figure, path)
 
 
@@ -171,7 +169,8 @@ def draw_m_sup(data: Data, path: Path) -> None:
         points = pd.DataFrame({"M_sup": data.seeds(name, "M_sup", PENDULUM_STEPS), "smoothness": smoothness}).dropna()
         if len(points):
             label = with_seeds(method, points)
-            axis.plot(points.M_sup, points.smoothness, "o", ms=7, color=colour, mec="white", mew=0.6, label=label)
+            marker = PAVE_MARKERS[method]
+            axis.plot(points.M_sup, points.smoothness, marker, ms=8, color=colour, mec="white", mew=0.6, label=label)
     axis.set(xscale="log", yscale="log", xlabel="M_sup, the mixed Hessian's largest norm (log)")
     axis.set_ylabel("smoothness (log; lower is smoother)")
     label_ticks(axis.xaxis)
@@ -193,8 +192,8 @@ def draw_speed(data: Data, path: Path) -> None:
                 if rates.empty:
                     continue
                 label = algorithm if place == 0 else None
-                axis.barh(place + offset, rates.median(), 0.34, color=colour, alpha=0.75, label=label)
-                axis.plot([rates.min(), rates.max()], [place + offset] * 2, color=BLACK, lw=1)
+                axis.barh(place + offset, rates.median(), 0.34, color=colour, label=label)
+                axis.plot([rates.min(), rates.max()], [place + offset] * 2, color=BLACK, lw=1.5)
                 at = (rates.max(), place + offset)
                 axis.annotate(f" {rates.median():.0f}", at, va="center", fontsize=8)
         axis.set_yticks(range(len(LIBRARIES)), LIBRARIES)
@@ -204,6 +203,7 @@ def draw_speed(data: Data, path: Path) -> None:
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.get_layout_engine().set(wspace=0.06)
     title = "Walker2d-v5, whole processes: median and range of three rounds; empty: not measured there"
     figure.suptitle(title, fontsize=9)
     save(figure, path)
@@ -212,28 +212,29 @@ def draw_speed(data: Data, path: Path) -> None:
 def draw_dog_run(data: Data, path: Path) -> None:
     """Our curve, the paper's figures and other repositories'."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    curve = dog_run_curve(data).loc[1:]
-    label = "AMS on TD3, ours, seed 1, 8 environments: evaluation"
-    axis.plot(8 * curve.index / 1e6, curve, ".-", color=BLUE, label=label)
+    for metric, style, what in (("training_return", "-", "training"), ("avg_return", ":", "evaluation")):
+        curve = dog_run_curve(data, metric).loc[1:]
+        axis.plot(8 * curve.index / 1e6, curve, style, color=BLUE, label=f"AMS on TD3, ours, seed 1: {what}")
+    theirs = data.paper[data.paper.table.eq("AMS, table 2") & data.paper.env_id.eq("dog-run")].set_index("name")
     for name, colour in (("AMS on SAC", GREEN), ("AMS on TD3", BLUE), ("TD3", BLACK)):
-        value = data.printed(name, "dog-run", "training_return", "AMS, table 2")
-        axis.plot(8, value, "D", color=colour, mfc="none", mew=1.5)
+        value = theirs.value[name]
+        axis.errorbar(8, value, theirs.deviation[name], fmt="D", color=colour, mfc="none", mew=1.5, elinewidth=0.8)
         axis.annotate(f"{name}  ", (8, value), ha="right", va="center", fontsize=8, color=colour)
-    label = "the AMS paper: training, if its 1M steps are of 8 environments"
+    label = "the AMS paper, mean and deviation, if its 1M steps are of 8 environments"
     axis.plot([], [], "D", color=GREY, mfc="none", label=label)
     for steps, rows in data.dog_run_others.groupby("environment_steps"):
         axis.plot(rows.environment_steps / 1e6, rows.avg_return, "s", color=RED, ms=5)
         for names, height in labels_apart(rows):
             axis.annotate(f"  {names}", (steps / 1e6, height), va="center", fontsize=8, color=RED)
-    axis.plot([], [], "s", color=RED, label="other repositories' result files")
+    axis.plot([], [], "s", color=RED, label="other repositories' result files (BOOM's name no steps)")
     axis.set(xscale="log", xlim=(0.15, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
     label_ticks(axis.xaxis)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
-    axis.set_title("dog-run", fontsize=9)
+    axis.set_title("dog-run; of our 8 environments 1,000,000 vector steps are 8 million", fontsize=9)
     save(figure, path)
 
 
-def labels_apart(rows: pd.DataFrame, room: float = 34) -> list[tuple[str, float]]:
+def labels_apart(rows: pd.DataFrame, room: float = 46) -> list[tuple[str, float]]:
     """Names of equal values together; heights at least so far apart."""
     labels = []
     for value, group in sorted(rows.groupby("avg_return"), reverse=True):
