@@ -44,10 +44,11 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,7 +72,7 @@ class Args:
     env_id: str = "Walker2d-v5"  # a gymnasium id; module:id for your own; domain-task (dm_control); h1-task
     env_kwargs: str = "{}"  # JSON, for the environment's constructor: '{"healthy_reward": 0.5}'
     seed: int = 1  # the first of num_seeds successive seeds
-    num_seeds: int = 1  # S, independent seeds trained side by side; trained alone, one of them draws other numbers
+    num_seeds: int = 1  # S, independent seeds trained side by side, with other random numbers than alone
     num_envs: int = 1  # N, parallel environments of each seed
     total_timesteps: int = 1_000_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
@@ -374,7 +375,7 @@ def leave_default_stream() -> None:
 class ReplayBuffer:
     """The last transitions of each seed, on the training device: a ring of vector steps [S, capacity, N, width]."""
 
-    def __init__(self, S: int, N: int, widths: Batch, capacity: int, device: torch.device):
+    def __init__(self, S: int, N: int, widths: tuple[int, ...], capacity: int, device: torch.device):
         self.widths = widths
         self.rows = torch.zeros(S, capacity, N, sum(widths), device=device)
         self.seed_index = torch.arange(S, device=device).unsqueeze(1)
@@ -417,9 +418,9 @@ def check_fits(args: Args, kind: str, gigabytes: float, free: float) -> None:
 def free_memory() -> float:
     """Bytes that this process may take: the machine's, or less where SLURM or a container grants less."""
     grants = [float(psutil.virtual_memory().available)]
-    for name, count in (("SLURM_MEM_PER_NODE", 1), ("SLURM_MEM_PER_CPU", count_cores())):
-        megabytes = float(os.environ.get(name, 0))  # 0: all that there are
-        grants.append(megabytes * count * 2**20 or float("inf"))
+    per_node = float(os.environ.get("SLURM_MEM_PER_NODE", 0)) * 2**20
+    per_core = float(os.environ.get("SLURM_MEM_PER_CPU", 0)) * 2**20
+    grants += [grant for grant in (per_node, per_core * count_cores()) if grant]  # 0: all that there are
     cgroups = Path("/proc/self/cgroup")
     for line in cgroups.read_text().splitlines() if cgroups.exists() else []:
         _, controller, group = line.split(":", 2)
@@ -517,7 +518,7 @@ def is_image(space: gym.Space) -> bool:
 def own_action_box(env: gym.Env) -> gym.spaces.Box:
     """The bounds of the actions that env itself takes, in its own units and shape; raises gym.error.Error without."""
     box = env.action_space
-    layer = env
+    layer = env  # the wrapper that set this box, or the environment itself
     while isinstance(layer, gym.Wrapper) and layer.env.action_space is box:
         layer = layer.env
     if isinstance(layer, gym.wrappers.ClipAction):  # it takes any number, and clips to the bounds of what it wraps
@@ -568,8 +569,9 @@ class EnvGroup(gym.vector.SyncVectorEnv):
         return *columns, infos["final_obs"]
 
 
-RESET_TIMEOUT = 3600  # seconds for all environments of a process; the first time they are made in them, and may compile
+RESET_TIMEOUT = 3600  # seconds for all environments of a process, which may compile
 STEP_TIMEOUT = 300
+CLOSE_TIMEOUT = 20
 
 
 class EnvWorkers:
@@ -582,18 +584,32 @@ class EnvWorkers:
     def reset(self, seed: list[int]) -> tuple[np.ndarray, dict]:
         seeds = np.reshape(seed, (self.groups.num_envs, -1)).tolist()
         self.groups.reset_async(seed=seeds)
-        observations, infos = self.groups.reset_wait(RESET_TIMEOUT)
+        self.wait("reset", RESET_TIMEOUT)
+        observations, infos = self.groups.reset_wait()
         return np.concatenate(observations), infos
 
     def step_async(self, actions: np.ndarray) -> None:
         self.groups.step_async(actions.reshape(self.groups.action_space.shape))
 
     def step_wait(self) -> tuple:
-        *columns, infos = self.groups.step_wait(STEP_TIMEOUT)
+        self.wait("step", STEP_TIMEOUT)
+        *columns, infos = self.groups.step_wait()
         return tuple(np.concatenate(column) for column in (*columns, infos["final_obs"]))
 
+    def wait(self, method: str, seconds: int) -> None:
+        """Until all have answered. Seconds in which this process runs: Ctrl-Z costs one, however long it lasts."""
+        left = seconds
+        for pipe in self.groups.parent_pipes:
+            while not pipe.poll(1):
+                left -= 1
+                if left <= 0:
+                    raise TimeoutError(f"an environment's {method} has not returned after {seconds} seconds")
+
     def close(self) -> None:
-        self.groups.close()
+        """Those that do not close in time are left to end_workers."""
+        closing = threading.Thread(target=self.groups.close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT)
 
 
 class WorkerGroup(EnvGroup):
@@ -667,7 +683,7 @@ def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         if isinstance(error, ImportError):
-            message += "; README.md says how to install it"
+            message += "; your own module must be on PYTHONPATH, README.md says how to install others"
         if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
             message += "; MUJOCO_GL=egl lets it render"
         fail(f"--env-id {args.env_id}: {message}")
@@ -712,9 +728,10 @@ def evaluate(policy: Callable, envs: EnvGroup | EnvWorkers, args: Args, step: in
     while running.any() and len(actions) < EPISODE_LIMIT:
         if STOP_REQUESTS:
             return []
-        actions.append(policy(observations))
-        check_finite(step, action=actions[-1])
-        envs.step_async(actions[-1])
+        chosen = policy(observations)
+        check_finite(step, action=chosen)
+        envs.step_async(chosen)
+        actions.append(chosen)
         observations, rewards, terminations, truncations, _ = envs.step_wait()
         check_finite(step, observation=observations, reward=rewards)
         returns += rewards * running
@@ -723,10 +740,10 @@ def evaluate(policy: Callable, envs: EnvGroup | EnvWorkers, args: Args, step: in
     if running.any():
         print(f"step {step}: an evaluation's episode had no end and was cut at {EPISODE_LIMIT} steps", flush=True)
     rows = []
+    actions = np.stack(actions)  # [steps, S * E, A]
     for index, T in enumerate(lengths.tolist()):
         seed, episode = divmod(index, args.eval_episodes)
-        taken = np.stack([action[index] for action in actions[:T]])  # [T, A]
-        taken = in_own_units(taken, box)
+        taken = in_own_units(actions[:T, index], box)  # [T, A]
         fluctuation = np.linalg.norm(np.diff(taken, axis=0), axis=1).sum() / T
         row = {"step": step, "transitions": step * args.num_envs, "seed": args.seed + seed, "episode": episode}
         row |= {"return": float(returns[index]), "length": T}
@@ -761,11 +778,14 @@ def write_atomically(path: Path, write: Callable) -> None:
     """Whoever reads path, after a kill or on a full disk too, finds the old file or the new one, whole."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # some file systems rename before they write
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems rename before they write
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # the half of a file would keep the disk full
 
 
 def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> None:
@@ -815,9 +835,11 @@ def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[di
             module.load_state_dict(saved[name])
         if replay and (folder / "replay.pt").exists():
             stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
-            replay.rows[:, : stored["rows"].shape[1]].copy_(stored["rows"])
+            count = stored["rows"].shape[1]  # vector steps
+            for seed_rows, stored_rows in zip(replay.rows, stored["rows"]):  # as it was saved
+                seed_rows[:count].copy_(stored_rows)
             replay.steps = stored["steps"]
-            replay.filled.fill_(stored["rows"].shape[1] * args.num_envs)
+            replay.filled.fill_(count * args.num_envs)
         rows = []
         if (folder / "eval.csv").exists():  # not yet, where the run stopped in its first evaluation
             with open(folder / "eval.csv", newline="") as file:
@@ -896,7 +918,7 @@ class Log:
             self.wandb.log({**scalars, "global_step": step})
 
     def say(self, step: int, text: str) -> None:
-        with tqdm.external_write_mode():
+        with tqdm.external_write_mode(), suppress(OSError):  # nobody reads it any more: go on, or save
             print(f"step {step}/{self.args.total_timesteps} {text}", flush=True)
 
     def close(self) -> None:
@@ -923,7 +945,17 @@ def request_stop(number: int, _) -> None:
     if STOP_REQUESTS and number == signal.SIGINT and time.monotonic() > STOP_REQUESTS[0] + 1:
         os._exit(128 + number)  # asked twice; within a second it is one Ctrl-C, which uv passes on once more
     STOP_REQUESTS.append(time.monotonic())
-    os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once\n")
+    with suppress(OSError):  # the terminal is closed, or Ctrl-C has ended the program that reads this
+        os.write(2, b"\nsaving, then stopping; Ctrl-C again to stop at once\n")
+
+
+def end_workers() -> None:
+    """Kills those that are left, however the run ended, and what their environments started: they ignore signals."""
+    for worker in multiprocessing.active_children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            for process in psutil.Process(worker.pid).children(recursive=True):
+                process.kill()
+        worker.kill()
 
 
 def fail(message: str) -> NoReturn:
@@ -1012,11 +1044,12 @@ def train(args: Args) -> None:
     N = args.num_envs
     prepare_process(S * N)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    print(f"training on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}", flush=True)
     O, A, action_box = try_environment(args)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, O, A, device)
-    widths = Batch(observations=O, actions=A, next_observations=O, rewards=1, terminations=1)
+    widths = (O, A, O, 1, 1)  # of Batch's columns
     capacity = max(1, min(args.buffer_size // N, args.total_timesteps))
     check_memory(args, sum(widths), capacity, device)
     replay = ReplayBuffer(S, N, widths, capacity, device)
@@ -1065,9 +1098,8 @@ def train(args: Args) -> None:
     metrics = {}
     while True:
         is_last = step == args.total_timesteps
-        # the run that this one resumes may have evaluated this step
-        is_evaluated = bool(evaluations) and int(evaluations[-1]["step"]) == step
-        if (step % args.eval_every == 0 or is_last) and not is_evaluated:
+        last_evaluation = int(evaluations[-1]["step"]) if evaluations else -1  # perhaps of the run that it resumes
+        if (step % args.eval_every == 0 or is_last) and step != last_evaluation:
             log.announce_evaluation(step)
             rows = evaluate(policy, eval_envs, args, step, action_box)
             if rows:
@@ -1084,12 +1116,12 @@ def train(args: Args) -> None:
             actions = 2 * torch.rand(S * N, A).numpy() - 1
         else:
             actions = policy(observations, explore=True)
-        check_finite(step, action=actions)
+        check_finite(step, observation=observations, action=actions)
         envs.step_async(actions)
         # While the workers' environments step. A run that resumes without its replay fills a new one first.
         if replay.steps >= args.learning_starts and step % args.update_every == 0:
-            for index in range(args.update_every):
-                update = update_both if (step + index) % args.policy_frequency == 0 else update_critic
+            for number in range(step, step + args.update_every):
+                update = update_both if number % args.policy_frequency == 0 else update_critic
                 metrics |= update()
         next_observations, rewards, terminations, truncations, final_observations = envs.step_wait()
 
@@ -1109,9 +1141,9 @@ def train(args: Args) -> None:
                 sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
             log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
             finished_returns = [[] for _ in range(S)]
+    log.close()
     envs.close()
     eval_envs.close()
-    log.close()
     if is_stopped:
         print(f"stopped at step {step}; go on with: {resume_command(folder)}")
     else:
@@ -1121,6 +1153,5 @@ def train(args: Args) -> None:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    finally:  # workers ignore signals: end those that are left, however the run ended
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    finally:
+        end_workers()

@@ -29,8 +29,7 @@ def test_every_script_asks_for_what_pyproject_does():
 @pytest.mark.parametrize("steps, capacity", [(1, 4), (4, 4), (7, 4)])
 def test_replay_keeps_the_newest_steps_and_samples_uniformly(steps, capacity):
     """Reward of step t, seed s and environment e: 100 t + 10 s + e. An observation is twice that."""
-    widths = td3.Batch(observations=1, actions=1, next_observations=1, rewards=1, terminations=1)
-    replay = td3.ReplayBuffer(2, 3, widths, capacity, CPU)
+    replay = td3.ReplayBuffer(2, 3, (1,) * 5, capacity, CPU)
     for t in range(steps):
         rewards = 100.0 * t + np.add.outer([0, 10], np.arange(3)).ravel()  # [S * N], seed-major
         replay.add(td3.Batch(2 * rewards, rewards, rewards, rewards, rewards < 10))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import subprocess
 import threading
 import time
 from functools import partial
@@ -74,6 +75,28 @@ class HangsInReset(Point):
         if seed is not None and self.steps >= 2 * self.length:
             time.sleep(10**6)
         return super().reset(seed=seed)
+
+
+class NanInReset(Point):
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return observation * (np.nan if self.steps > GOOD_STEPS else 1), info
+
+
+class Simulator(Point):
+    """Its steps take a while, and its close() waits for a program of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.program = subprocess.Popen(["sleep", "1000"])
+
+    def step(self, action):
+        time.sleep(0.05)
+        return super().step(action)
+
+    def close(self):
+        self.program.terminate()
+        self.program.wait()
 
 
 class ComputesWithTorch(Point):
@@ -151,6 +174,7 @@ REFUSED = {  # and why
 }
 for name, fault in FAULTS.items():
     gym.register(f"{name}-v0", partial(Faulty, fault))
-gym.register("HangsInReset-v0", HangsInReset)
+for env in (HangsInReset, NanInReset, Simulator):
+    gym.register(f"{env.__name__}-v0", env)
 for name, (make, *_) in (SOUND | REFUSED).items():
     gym.register(f"{name}-v0", make)

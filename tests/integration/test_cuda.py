@@ -59,8 +59,7 @@ def test_graphs_draw_anew_and_see_the_replay_grow():
     device = torch.device("cuda")
     noise = td3.compile_gradients(lambda: torch.randn(8, device=device), device)
     td3.leave_default_stream()
-    ones = td3.Batch(*[1] * len(td3.Batch._fields))  # the widths
-    replay = td3.ReplayBuffer(1, 2, ones, 100, device)
+    replay = td3.ReplayBuffer(1, 2, (1,) * 5, 100, device)
     update = td3.CapturedUpdate(lambda: {"noise": noise(), "rows": replay.sample(4096).observations})
     torch.cuda._sleep(2_000_000_000)
     draws = []

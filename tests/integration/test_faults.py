@@ -8,15 +8,17 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from faulty_envs import GOOD_STEPS
-from gymnasium.vector import AsyncVectorEnv
 from processes import SMALL, Run, contents, flags, load, only_run, read_eval, use_cores
 from torch.utils._pytree import tree_leaves
 
@@ -26,11 +28,18 @@ each_script = pytest.mark.parametrize("path", [TD3, *SLOW])
 
 
 def impatient() -> None:
-    """Two environments have a process each, and 5 s to answer."""
+    """Two environments have a process each; after 5 s of silence, and 1 s of closing, all further seconds are short."""
     use_cores(2)
-    for name in ("reset_wait", "step_wait"):
-        wait = getattr(AsyncVectorEnv, name)
-        setattr(AsyncVectorEnv, name, lambda self, timeout=None, wait=wait: wait(self, 5))
+    poll, join = Connection.poll, threading.Thread.join
+    silence = Counter()  # seconds, by connection
+
+    def short_poll(self, timeout=0.0):
+        answered = poll(self, timeout if silence[self.fileno()] < 5 else 0)
+        silence[self.fileno()] = 0 if answered else silence[self.fileno()] + 1
+        return answered
+
+    Connection.poll = short_poll
+    threading.Thread.join = lambda self, timeout=None: join(self, timeout and 1)
 
 
 def start(path: str, cwd: Path, env: str = "Cheap", before: Callable = impatient, **changes) -> Run:
@@ -96,15 +105,49 @@ def test_a_signal_saves(path, name, send, tmp_path, monkeypatch):
     assert check_goes_on(path, folder) >= run.steps[-1]
 
 
+def test_nobody_reads(tmp_path):
+    """Ctrl-C under `2>&1 | tee log` ends tee first; a closed terminal fails in the same places."""
+    reader, writer = os.pipe()
+
+    def write_to_pipe() -> None:
+        impatient()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+
+    run = start(TD3, tmp_path, save_every=10**6, before=write_to_pipe)
+    os.close(writer)
+    output = b""
+    while b"step 40/" not in output:
+        output += os.read(reader, 1000)
+    os.close(reader)
+    os.kill(run.pid, signal.SIGINT)
+    run.wait(0, 1)
+    assert check_goes_on(TD3, only_run(tmp_path)) >= 40
+
+
+def test_suspended_and_closed(tmp_path):
+    """Ctrl-Z for longer than a step may take. At the end the simulators, which ignore signals too, are killed."""
+    run = start(TD3, tmp_path, "Simulator", total_timesteps=60)
+    run.until(lambda: 20 in run.steps)
+    for pid in run.session():
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    for pid in run.session():
+        os.kill(pid, signal.SIGCONT)
+    run.wait(0)
+
+
 # Environments and numbers.
 
 EXPECTED = {
     "Raises": "ValueError: the robot fell off the table",
     "Dies": "EOFError|BrokenPipeError|ConnectionResetError",
-    "Hangs": "TimeoutError: .*step_wait.* timed out after 5 second",
-    "HangsInReset": "TimeoutError: .*reset_wait.* timed out after 5 second",
+    "Hangs": "TimeoutError: an environment's step has not returned after 300 seconds",
+    "HangsInReset": "TimeoutError: an environment's reset has not returned after 3600 seconds",
     "RaisesUnsendable": "RuntimeError: UnsendableError: the simulator is gone",
     "NanObservation": rf"step {GOOD_STEPS}: the observation of environment 0 is not finite: \[nan nan\]",
+    "NanInReset": r"step 60: the observation of environment 0 is not finite: \[nan nan\]",
     "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
     "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
 }
@@ -112,7 +155,7 @@ MISBEHAVE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # in 
 IN_WORKERS = ("Raises", "RaisesUnsendable", "Dies", "Hangs", "OverflowingReward")
 MISBEHAVE += [(env, 2) for env in IN_WORKERS]
 EVALUATION = dict(eval_every=10, save_every=10)  # the third is too long, with 20 steps each
-ROWS = [(*row, {}, 40) for row in MISBEHAVE]
+ROWS = [(*row, {}, 40) for row in MISBEHAVE] + [("NanInReset", 1, {}, 60)]
 ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
 
 
