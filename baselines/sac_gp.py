@@ -461,7 +461,7 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
         kwargs = {"render_mode": None} | kwargs  # its default opens a window
     elif re.fullmatch(r"\w+-(?!v\d+$)\w+", env_id) and env_id not in gym.registry:  # dog-run, not Ant-v5
         env_id = f"shimmy:dm_control/{env_id}-v0"
-    env = gym.make(env_id, disable_env_checker=True, **json.loads(env_kwargs), **kwargs)
+    env = gym.make(env_id, disable_env_checker=True, **(json.loads(env_kwargs) | kwargs))
     return FlatEnv(env)
 
 

@@ -38,6 +38,7 @@ class Args:
     run: tyro.conf.Positional[Path]  # its folder
     seed: int | None = None  # of the run's seeds; its first
     step: int | None = None  # of the run's saved policies; the last
+    time_step: float | None = None  # seconds from one action to the next, where the environment does not say it rightly
 
 
 class Policy(nn.Module):
@@ -72,16 +73,14 @@ def observation_parts(space: gym.Space, path: str = "") -> list[dict]:
     return [leaf for key, part in parts for leaf in observation_parts(part, f"{path}/{key}")]
 
 
-def metadata(player: Player) -> dict[str, str]:
+def metadata(player: Player, seconds: float | None) -> dict[str, str]:
     """What the policy is, as text: numbers, lists and env_kwargs in JSON.
 
     env_id, env_kwargs; observation_size O, observation_parts (path, size and space of each, in order); action_size A,
     action_shape (the environment's own: reshape the A numbers to it), action_low and action_high [A]; time_step in
-    seconds; script, seed, step; return and smoothness, means over this seed's episodes at that evaluation.
+    seconds; script, seed, step; where eval.csv is there, return and smoothness, means over this seed's episodes then.
     """
     box = player.env.action_box
-    table = pd.read_csv(player.run.folder / "eval.csv")
-    rows = table[(table["seed"] == player.seed) & (table["step"] == player.step)]
     about = {
         "env_id": player.args.env_id,
         "env_kwargs": player.args.env_kwargs,
@@ -91,13 +90,16 @@ def metadata(player: Player) -> dict[str, str]:
         "action_shape": box.shape,
         "action_low": box.low.ravel().tolist(),
         "action_high": box.high.ravel().tolist(),
-        "time_step": time_step(player.env),
+        "time_step": seconds or time_step(player.env),
         "script": player.run.args["script"],
         "seed": player.seed,
         "step": player.step,
-        "return": rows["return"].mean(),
-        "smoothness": rows["smoothness"].mean(),
     }
+    evaluations = player.run.folder / "eval.csv"
+    if evaluations.exists():
+        table = pd.read_csv(evaluations)
+        rows = table[(table["seed"] == player.seed) & (table["step"] == player.step)]
+        about |= {"return": rows["return"].mean(), "smoothness": rows["smoothness"].mean()}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
@@ -120,7 +122,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     player = load_player(args.run, args.seed, args.step)
     policy = Policy(player)
-    about = metadata(player)
+    about = metadata(player, args.time_step)
     O = player.env.observation_space.shape[0]
     onnx, pt2 = export(policy, args.run / f"policy_seed{player.seed}_step{player.step:09d}", O, about)
     for name, text in about.items():

@@ -17,6 +17,7 @@ LayerNorm 0, whose curvature is all in its kinks. saturated_actions is the share
 Actions are in normalised units.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,9 +193,9 @@ def target_shift_rows(networks: Networks, replay: Tensor, step: int) -> list[dic
     torch.manual_seed(0)  # the same states for every policy
     O = networks.env.observation_space.shape[0]
     A = networks.env.action_space.shape[0]
-    columns = networks.script.Batch(observations=O, actions=A, next_observations=O, rewards=1, terminations=1)
+    widths = (O, A, O, 1, 1)  # of Batch's columns
     rows = replay[:, torch.randint(replay.shape[1], (STATES,))]
-    next_observations = networks.script.Batch(*rows.split(columns, -1)).next_observations
+    next_observations = networks.script.Batch(*rows.split(widths, -1)).next_observations
     found = []
     for index, observations in enumerate(next_observations):
         anchor = networks.seed_act(index, observations)
@@ -241,7 +242,11 @@ def extend(path: Path, run: Run, networks: Networks, columns: tuple[str, ...], m
 def main(options: Options) -> None:
     runs = runs_with_critics(options)
     for run in runs:
-        networks = Networks(*load_agent(run))
+        try:
+            networks = Networks(*load_agent(run))
+        except (ImportError, OSError, gym.error.Error) as error:  # its environment or its script is not here
+            print(f"{run.folder}: passed over ({type(error).__name__}: {error})", file=sys.stderr)
+            continue
         args = networks.args
         count = args.num_seeds * args.eval_episodes
         envs = networks.script.make_envs(args, networks.script.start_seeds(args, 0, 1, count))
@@ -249,13 +254,14 @@ def main(options: Options) -> None:
         envs.close()
         if run.args["script"] in ("td3", "sac", "td3_ams", "sac_ams") and (run.folder / "replay.pt").exists():
             replay = torch.load(run.folder / "replay.pt", weights_only=True, mmap=True)["rows"].flatten(1, 2)
-            extend(
-                run.folder / "target_shift.csv",
-                run,
-                networks,
-                SHIFT,
-                lambda step: target_shift_rows(networks, replay, step),
-            )
+            if replay.shape[1]:  # a young run's is empty
+                extend(
+                    run.folder / "target_shift.csv",
+                    run,
+                    networks,
+                    SHIFT,
+                    lambda step: target_shift_rows(networks, replay, step),
+                )
         networks.env.close()
 
 

@@ -58,7 +58,8 @@ class Args:
     gif: bool = False  # the film, and a small gif of it for a README
     seconds: float = float("inf")  # the film's length at most
     plot: bool = False  # a png: actions, their spectrum, the score
-    track: bool = False  # upload the film to the run's own Weights & Biases page
+    track: bool = False  # the film, and upload it to the run's own Weights & Biases page
+    time_step: float | None = None  # seconds from one action to the next, where the environment does not say it rightly
 
     def __post_init__(self):
         if self.episodes < 1:
@@ -67,7 +68,7 @@ class Args:
             raise ValueError(f"--noise {self.noise} --delay {self.delay}: at least 0")
         if not self.seconds > 0:
             raise ValueError(f"--seconds {self.seconds}: more than 0")
-        self.film |= self.gif
+        self.film |= self.gif or self.track
 
 
 def fail(message: str) -> NoReturn:
@@ -120,7 +121,7 @@ def make_film_env(script: ModuleType, args: Any) -> gym.Env:
         picture = render(env)
     except Exception as error:  # EGL, OSMesa, MuJoCo and pygame each have their own
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, TypeError) and "'render_mode'" in message:
+        if "unexpected keyword argument 'render_mode'" in message:
             fail(f"--film: {args.env_id} takes no render_mode, so it cannot be filmed")
         places = [f"{Path(frame.filename).name} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
         if re.search(r"render|opengl|\begl|osmesa|glfw", " ".join([message, *places]), re.IGNORECASE):
@@ -375,7 +376,7 @@ def main(args: Args) -> None:
         print_scores(player, {key: episodes[index] for key, episodes in played.items()})
 
     if args.plot or args.film:
-        dt = time_step(first.env)
+        dt = args.time_step or time_step(first.env)
     if args.plot:
         plot(first.run.folder / f"{name}.png", players, condition, played[condition], dt)
     if args.film:

@@ -25,7 +25,7 @@ import pandas as pd
 import tyro
 from geometry import GEOMETRY, SHIFT
 from intervals import interquartile_mean, interval, paired_difference
-from suites import SUITES, cell_args, is_of, name_of, other_arguments
+from suites import INCIDENTAL, LENGTH, SEEDS, SUITES, cell_args, name_of, other_arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runs import Run, file_name, runs_in
@@ -171,16 +171,27 @@ def read_runs_long(runs: list[Run]) -> tuple[list[pd.DataFrame], dict[str, str]]
     for run in runs:
         name = None
         nearest = ["script", "env_id"]
-        for (cell_name, env_id), (cell, _) in CELLS.items():
-            if env_id == run.args["env_id"] and is_of(run, cell):
+        for (cell_name, _), (cell, _) in CELLS.items():
+            different = other_arguments(run, cell)
+            if not different:
                 name = cell_name
-            elif env_id == run.args["env_id"]:
-                nearest = min(nearest, other_arguments(run, cell), key=lambda names: (names[0] == "script", len(names)))
+            elif different[0] != "script" and (nearest[0] == "script" or len(different) < len(nearest)):
+                nearest = different
         if name is None:
             reasons[run.folder.name] = ", ".join(f"{argument} {run.args.get(argument)}" for argument in nearest)
-        named = {"exp_name": name or run.args["exp_name"], "env_name": run.args["env_id"], "source": run.folder.name}
+            name = own_name(run, runs)
+        named = {"exp_name": name, "env_name": run.args["env_id"], "source": run.folder.name}
         tables.append(read_run(run).assign(**named))
     return tables, reasons
+
+
+def own_name(run: Run, runs: list[Run]) -> str:
+    """Its exp_name, and the arguments in which runs of that name and environment differ: they are not one method."""
+    alike = [other for other in runs if all(other.args[name] == run.args[name] for name in ("exp_name", "env_id"))]
+    differ = {name for other in alike for name in run.args if other.args.get(name, run.args[name]) != run.args[name]}
+    settings = [f"{name} {run.args[name]}" for name in sorted(differ - INCIDENTAL - SEEDS - LENGTH)]
+    mark = ["(own)"] if run.args["exp_name"] in {name for name, _ in CELLS} else []  # no run of the papers' method
+    return " ".join([run.args["exp_name"], *mark, *settings])
 
 
 def read_csvs(paths: list[Path]) -> pd.DataFrame:
@@ -362,14 +373,18 @@ class Line(NamedTuple):
     dashes: str = "-"
 
 
+def whole_curves(curve: pd.DataFrame) -> pd.DataFrame:
+    """Of the seeds that got to the step with the most seeds x steps; between steps of its own a seed's is a line."""
+    furthest_step = (curve.notna().sum(axis=1) * curve.index).idxmax()
+    curve = curve.loc[:, curve.loc[furthest_step].notna()]
+    return curve.interpolate("index", limit_area="inside").dropna()
+
+
 def curve_figure(path: Path, title: str, metric: str, lines: list[Line]) -> Path:
     """The interquartile mean over seeds and, of three or more, its 95 % interval."""
     _, axis = plt.subplots(layout="constrained")
     for line in lines:
-        curve = line.curve.loc[1:]  # without the untrained policy, which would fill the panel
-        furthest_step = (curve.notna().sum(axis=1) * curve.index).idxmax()
-        is_whole = curve.loc[furthest_step].notna() & (curve.notna().mean() > 0.5)  # seeds that got there, by all steps
-        curve = curve.loc[:, is_whole].dropna()
+        curve = whole_curves(line.curve.loc[1:])  # without the untrained policy, which would fill the panel
         scores = curve.T.to_numpy()
         thousands = curve.index / 1000
         label = f"{line.name}, {counted(len(scores), 'seed')}"
@@ -483,7 +498,8 @@ def read_peers(paths: tuple[Path, ...]) -> Curves:
         return {}
     data = pd.concat(map(pd.read_csv, paths)).query("metric == 'avg_return'")
     env_names = data.env_name.str.removesuffix("-v0").str.removesuffix("_simple")  # HumanoidBench's
-    return curves_of(data.assign(env_name=env_names, num_envs=1))
+    num_envs = data.reindex(columns=COLUMNS).num_envs.fillna(1)
+    return curves_of(data.assign(env_name=env_names, num_envs=num_envs))
 
 
 def main(options: Options) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import cloudpickle
 import gymnasium as gym
 import torch
 import torch._dynamo  # loads Triton, which crashes once MUJOCO_GL=egl has loaded Mesa's LLVM
@@ -34,6 +35,7 @@ def load_script(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         spec.loader.exec_module(sys.modules[module_name])
+        cloudpickle.register_pickle_by_value(sys.modules[module_name])  # a spawned worker cannot import it
     return sys.modules[module_name]
 
 
@@ -75,7 +77,8 @@ def read_runs(folder: Path) -> list[Run]:
 def runs_in(paths: Iterable[Path]) -> list[Run]:
     """The evaluated runs at paths, each once: runs' folders, or folders of runs."""
     found = {run.folder: run for path in paths for run in read_runs(path)}
-    return [run for run in found.values() if (run.folder / "eval.csv").exists()]
+    tables = {folder: folder / "eval.csv" for folder in found}
+    return [run for run in found.values() if tables[run.folder].exists() and tables[run.folder].stat().st_size]
 
 
 def policies(run: Run) -> dict[int, Path]:

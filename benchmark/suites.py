@@ -111,44 +111,41 @@ SUITES: dict[str, list[Cell]] = {
 # ------------------------------------------------------------------------------------ what the report calls the methods
 
 NAMES = {  # by script without the backbone, and the flags that are not its defaults
-    "_pave mpr_weight=0.0 vfc_weight=0.0 curvature_weight=0.0": "Base",
-    "_pave vfc_weight=0.0 curvature_weight=0.0": "MPR alone",
-    "_pave mpr_weight=0.0 curvature_weight=0.0": "VFC alone",
-    "_pave mpr_weight=0.0 vfc_weight=0.0": "Curv alone",
-    "_pave curvature_weight=0.0": "PAVE without Curv",
-    "_pave vfc_weight=0.0": "PAVE without VFC",
-    "_pave mpr_weight=0.0": "PAVE without MPR",
-    "_pave caps_temporal_weight=0.1 caps_spatial_weight=0.5": "PAVE with CAPS",
-    "_pave geometry_rows=25": "PAVE, a quarter of the rows",
-    "_pave geometry_rows=64": "PAVE, a quarter of the rows",
-    "_ams num_neighbors=0": "LayerNorm + TD3's noise",
-    "_ams num_neighbors=0 policy_noise=0.0": "LayerNorm alone",
-    "_ams layer_norm=False": "AMS without LayerNorm",
-    "_ams layer_norm=False radius=0.7": "AMS without LayerNorm, radius 0.7",
-    "_ams shared_frame=True": "AMS, shared frame",
+    "PAVE mpr_weight=0.0 vfc_weight=0.0 curvature_weight=0.0": "Base",
+    "PAVE vfc_weight=0.0 curvature_weight=0.0": "MPR alone",
+    "PAVE mpr_weight=0.0 curvature_weight=0.0": "VFC alone",
+    "PAVE mpr_weight=0.0 vfc_weight=0.0": "Curv alone",
+    "PAVE curvature_weight=0.0": "PAVE without Curv",
+    "PAVE vfc_weight=0.0": "PAVE without VFC",
+    "PAVE mpr_weight=0.0": "PAVE without MPR",
+    "PAVE caps_temporal_weight=0.1 caps_spatial_weight=0.5": "PAVE with CAPS",
+    "PAVE geometry_rows=25": "PAVE, a quarter of the rows",
+    "PAVE geometry_rows=64": "PAVE, a quarter of the rows",
+    "AMS num_neighbors=0": "LayerNorm + TD3's noise",
+    "AMS num_neighbors=0 policy_noise=0.0": "LayerNorm alone",
+    "AMS layer_norm=False": "AMS without LayerNorm",
+    "AMS layer_norm=False radius=0.7": "AMS without LayerNorm, radius 0.7",
+    "AMS shared_frame=True": "AMS, shared frame",
 }
 
 
 def name_of(cell: Cell) -> str:
     """td3_ams with num_neighbors 0 and policy_noise 0 is LayerNorm alone on TD3."""
     defaults = load_script(cell.script).Args()
-    words = [script_path(cell.script).stem]
+    backbone, _, method = script_path(cell.script).stem.upper().partition("_")
+    changed = []
     for flag, value in cell.flags.items():
         if flag not in ("num_envs", "total_timesteps") and value != getattr(defaults, flag):
-            words.append(f"{flag}={value}")
-    backbone = words[0].split("_")[0].upper()
-    variant = " ".join(words)[len(backbone) :]
-    if variant == "_ams num_neighbors=0" and backbone == "SAC":  # which has no noise to give back
+            changed.append(f"{flag}={value}")
+    if not method:
+        return "TD3 without noise" if changed == ["policy_noise=0.0"] else backbone
+    variant = " ".join([method, *changed])
+    if variant == "AMS num_neighbors=0" and backbone == "SAC":  # which has no noise to give back
         name = "LayerNorm alone"
-    elif variant == " policy_noise=0.0":
-        return "TD3 without noise"
     elif variant in NAMES:
         name = NAMES[variant]
-    elif variant:  # "_ams radius=0.7": AMS radius 0.7
-        script, *changed = variant[1:].replace("=", " ").replace("_", " ").split(" ")
-        name = " ".join([script.upper(), *changed])
-    else:
-        return backbone
+    else:  # AMS radius 0.7
+        name = variant.replace("=", " ").replace("_", " ")
     return f"{name} on {backbone}"
 
 
@@ -159,6 +156,7 @@ INCIDENTAL = {  # arguments that do not change what is learned: runs that differ
     *("log_every", "save_every", "save_replay"),
 }
 SEEDS = {"seed", "num_seeds"}
+LENGTH = {"total_timesteps", "eval_every", "eval_episodes"}
 
 
 def cell_args(cell: Cell) -> Any:
@@ -193,8 +191,4 @@ def other_arguments(run: Run, cell: Cell) -> list[str]:
     if run.args.get("learning_starts") != wanted.get("learning_starts"):  # of sweep.py --scale, perhaps
         scale = run.args["total_timesteps"] / args.total_timesteps
         wanted["learning_starts"] = max(1, round(args.learning_starts * scale))
-    return differences(run, wanted, asdict(type(args)()), SEEDS | {"total_timesteps", "eval_every", "eval_episodes"})
-
-
-def is_of(run: Run, cell: Cell) -> bool:
-    return not other_arguments(run, cell)
+    return differences(run, wanted, asdict(type(args)()), SEEDS | LENGTH)

@@ -10,6 +10,7 @@ Ray retries what a dead worker or machine left, the script resumes it exactly.
 """
 
 import os
+import platform
 import re
 import shlex
 import signal
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import tyro
 from filelock import FileLock
-from suites import SEEDS, SUITES, Cell, cell_args, differences
+from suites import INCIDENTAL, SEEDS, SUITES, Cell, cell_args, differences
 
 from runs import Run, file_name, load_script, read_runs, script_path
 
@@ -106,9 +107,8 @@ class Task(NamedTuple):
         return unfinished
 
     def command(self, run: Run | None) -> list[str]:
-        if run:
-            return [str(self.script), "--resume", str(run.folder)]
-        return [str(self.script), *self.flags]
+        resume = ["--resume", str(run.folder)] if run else []
+        return [str(self.script), *resume, *self.flags]  # over the run's own, which may have another --no-cuda
 
 
 def as_flags(args: Any, default: Any) -> list[str]:
@@ -168,13 +168,15 @@ def plan(cells: list[Cell], options: Options, runs: list[Run]) -> tuple[list[Tas
                 done |= set(run.seeds)
         seeds = options.seed_list or range(options.first_seed, options.first_seed + options.seeds)
         missing = [seed for seed in seeds if seed not in done]
-        complete += not missing
+        if not missing:
+            complete += 1
         for block in blocks(missing, options.seeds_per_run):
             task_args = replace(args, seed=block.start, num_seeds=len(block))
             flags = ["--env-id", cell.env_id, *as_flags(task_args, cell_args(cell._replace(flags={})))]
             wanted = {"script": path.stem, **asdict(task_args)}
-            digest = zlib.crc32(repr(wanted).encode())
-            name = file_name(f"{cell.env_id}__{args.exp_name}__{block.start}-{block.stop - 1}__{digest:08x}")
+            learned = [(key, value) for key, value in wanted.items() if key not in INCIDENTAL]  # as find_run sees it
+            digest = zlib.crc32(repr(learned).encode())
+            name = file_name(f"{cell.env_id}__{path.stem}__{block.start}-{block.stop - 1}__{digest:08x}")
             tasks[name] = Task(name, path, flags, wanted, defaults, options.runs_dir.resolve())
     return list(tasks.values()), complete
 
@@ -213,7 +215,7 @@ def work(task: Task, num_threads: int) -> None:
         if run and run.is_complete:
             return
         command = [sys.executable, *task.command(run)]
-        print(f"# {os.uname().nodename}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
+        print(f"# {platform.node()}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
         script = subprocess.Popen(
             [sys.executable, "-c", GUARD, str(script_lock), *command],
             stdin=subprocess.PIPE,
@@ -247,6 +249,8 @@ def start_ray(options: Options) -> float:
     print("starting Ray, which takes some 20 seconds", flush=True)
     import ray
 
+    if "://" in (options.address or ""):
+        fail(f"--address {options.address}: Ray Client's; give the cluster's own, HOST:6379")
     if ":" in (options.address or ""):
         host, _, port = options.address.rpartition(":")
         try:  # Ray itself tries for a quarter of an hour
@@ -258,6 +262,7 @@ def start_ray(options: Options) -> float:
         try:
             ray.init(
                 address=options.address or "local",
+                num_cpus=None if options.address else load_script("td3").count_cores(),  # a SLURM job's, not the node's
                 runtime_env={"env_vars": survive} if options.address else None,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +103,43 @@ def test_a_page_counts_the_right_runs_and_steps(tmp_path, capsys):
     assert row["training return ↑"] == "325.0 [125.0, 525.0]"
     assert (row["paper's training return"], row["return ↑"]) == ("765 ± 32", "200.0 [200.0, 200.0]")
     assert (row["seeds"], row["steps"]) == (3, 500_000)
-    assert list(other.index) == [("gym_pusht:gym_pusht/PushT-v0", "td3"), ("quadruped-run", "td3")]
+    others = [("gym_pusht:gym_pusht/PushT-v0", "td3"), ("quadruped-run", 'td3 env_kwargs {"g": 9}')]
+    assert list(other.index) == others
     assert "quadruped-run__td3__1: env_kwargs {" in page.read_text()
     assert set(report.read_csvs([page.with_name("ams_td3.csv")]).exp_name) == {"AMS on TD3", "TD3"}
 
 
-def test_a_real_run_from_training_to_the_page(tmp_path, monkeypatch):
+def test_settings_and_steps_of_ones_own(tmp_path):
+    """Two settings under one exp_name are two methods; seeds evaluated at other steps are one."""
+    runs = tmp_path / "runs"
+    cell = Cell("td3_pave", "td3_pave", "Robot-v0", {})
+    steps = [range(0, 1001, 100), range(0, 1001, 90), range(0, 501, 70)]
+    for seed, evaluated in enumerate(steps):
+        write_run(runs, cell, seed, {step: [float(step)] for step in [*evaluated, evaluated.stop - 1]})
+    write_run(runs, cell, 3, {1000: [9.0]}, mpr_weight=0.5)
+    data = pd.concat(report.read_runs_long(report.runs_in([runs]))[0])
+    found = {name: set(rows.seed) for name, rows in data.groupby("exp_name")}
+    assert found == {"td3_pave mpr_weight 0.1": {0, 1, 2}, "td3_pave mpr_weight 0.5": {3}}
+    curve = report.curves_of(data)["td3_pave mpr_weight 0.1", "Robot-v0", "avg_return"]
+    drawn = report.whole_curves(curve)
+    assert list(drawn) == [0, 1]
+    np.testing.assert_allclose(drawn.to_numpy(), np.stack([drawn.index] * 2, 1))
+
+
+def test_a_real_run_from_training_to_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(geometry, "STATES", 16)
     values = {"num_seeds": 2, "total_timesteps": 40, "eval_every": 20, "eval_episodes": 1}
     Run("td3_ams.py", *flags("td3_ams.py", **SMALL | values), cwd=tmp_path).wait(0)
     folder = only_run(tmp_path)
-    geometry.main(geometry.Options((folder,)))
+    started = tmp_path / "runs" / "started"
+    shutil.copytree(folder, started)
+    replay = torch.load(folder / "replay.pt", weights_only=True)
+    torch.save({"rows": replay["rows"][:, :0].clone(), "steps": 0}, started / "replay.pt")  # of step 0
+    elsewhere = shutil.copytree(folder, tmp_path / "runs" / "elsewhere")
+    args = json.loads((elsewhere / "args.json").read_text())
+    (elsewhere / "args.json").write_text(json.dumps({**args, "env_id": "not_here:Robot-v0"}))
+    geometry.main(geometry.Options((started, elsewhere, folder)))
+    assert (started / "geometry.csv").exists() and "elsewhere: passed over" in capsys.readouterr().err
     for name, column in (("geometry", "M_sup"), ("target_shift", "unclipped_shift_td3_noise")):
         table = pd.read_csv(folder / f"{name}.csv")
         assert list(zip(table.step, table.seed)) == [(step, seed) for step in (0, 20, 40) for seed in (1, 2)]

@@ -3,7 +3,7 @@
 import re
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,10 @@ GRID = {"scripts": ("td3",), "env_ids": ("Pendulum-v1",), "seed_list": (42,), "f
 COMMAND = ("--scripts", "td3", "--env-ids", "Pendulum-v1", "--seed-list", 42, f"--flags={FLAGS}")
 
 
+def is_of(run: Run, cell: suites.Cell) -> bool:
+    return not suites.other_arguments(run, cell)
+
+
 def as_run(cell: suites.Cell, **changes: object) -> Run:
     return Run(Path("runs/NAME"), {"script": cell.script, **asdict(suites.cell_args(cell)), **changes}, True)
 
@@ -32,10 +36,10 @@ def test_a_run_is_of_its_own_cell_alone(suite):
     for cell in suites.SUITES[suite]:
         run = as_run(cell, seed=7, num_seeds=3, total_timesteps=1000, eval_episodes=20, runs_dir="/elsewhere")
         del run.args["env_kwargs"]  # of before that flag
-        of = {(suites.name_of(other), other.env_id) for other in suites.SUITES[suite] if suites.is_of(run, other)}
+        of = {(suites.name_of(other), other.env_id) for other in suites.SUITES[suite] if is_of(run, other)}
         assert of == {(suites.name_of(cell), cell.env_id)}
         for changes in ({"gamma": 0.5}, {"dropped_flag": 1}, {"env_kwargs": '{"g": 9}'}):
-            assert not suites.is_of(as_run(cell, **changes), cell)
+            assert not is_of(as_run(cell, **changes), cell)
 
 
 def test_plan_makes_blocks_of_successive_seeds_that_share_no_folder():
@@ -43,6 +47,10 @@ def test_plan_makes_blocks_of_successive_seeds_that_share_no_folder():
     tasks, complete = sweep.plan(sweep.select_cells(options), options, [])
     assert complete == 0 and len(tasks) == len(suites.SUITES["ams-what-works"]) * 4
     assert len({(task.args["exp_name"], task.args["seed"]) for task in tasks}) == len(tasks)
+    elsewhere = replace(options, flags="--no-cuda --save-every 7 --exp-name other")  # on a machine without a GPU, say
+    assert {task.name for task in sweep.plan(sweep.select_cells(elsewhere), elsewhere, [])[0]} == {
+        task.name for task in tasks
+    }
     assert [(task.args["seed"], task.args["num_seeds"]) for task in tasks[:4]] == [(0, 1), (42, 2), (44, 1), (123, 1)]
     for task in tasks:  # what the script makes of the flags
         args = sweep.tyro.cli(load_script(task.script.name).Args, args=task.flags)
