@@ -820,7 +820,7 @@ def load_checkpoint(args: Args, agent: Agent, replay=None) -> tuple[int, list[di
         if replay and (folder / "replay.pt").exists():
             stored = torch.load(folder / "replay.pt", weights_only=True, mmap=True)
             count = stored["rows"].shape[1]  # vector steps
-            for seed_rows, stored_rows in zip(replay.rows, stored["rows"]):  # as it was saved
+            for seed_rows, stored_rows in zip(replay.rows, stored["rows"]):  # all at once would take a GPU two replays
                 seed_rows[:count].copy_(stored_rows)
             replay.steps = stored["steps"]
             replay.filled.fill_(count * args.num_envs)

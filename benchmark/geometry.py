@@ -252,6 +252,7 @@ def main(options: Options) -> None:
         envs = networks.script.make_envs(args, networks.script.start_seeds(args, 0, 1, count))
         extend(run.folder / "geometry.csv", run, networks, GEOMETRY, lambda step: geometry_rows(networks, envs, step))
         envs.close()
+        networks.script.end_workers()  # what did not close
         if run.args["script"] in ("td3", "sac", "td3_ams", "sac_ams") and (run.folder / "replay.pt").exists():
             replay = torch.load(run.folder / "replay.pt", weights_only=True, mmap=True)["rows"].flatten(1, 2)
             if replay.shape[1]:  # a young run's is empty

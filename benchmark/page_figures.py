@@ -33,8 +33,8 @@ from runs import Run
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-# Paul Tol's, with a contrast of more than 3 to white. No two methods of a figure share both hue and marker, since
-# colour-blind readers take RED and OLIVE for one.
+# Paul Tol's, with a contrast of more than 3 to white; some colour-blind readers take RED and OLIVE for one, so that a
+# method has a marker too.
 BLUE = "#0077BB"
 RED = "#CC3311"
 GREEN = "#117733"
@@ -226,7 +226,7 @@ def draw_dog_run(data: Data, path: Path) -> None:
         axis.plot(rows.environment_steps / 1e6, rows.avg_return, "s", color=RED, ms=5)
         for names, height in labels_apart(rows):
             axis.annotate(f"  {names}", (steps / 1e6, height), va="center", fontsize=8, color=RED)
-    axis.plot([], [], "s", color=RED, label="other repositories' result files (BOOM's name no steps)")
+    axis.plot([], [], "s", color=RED, label="other repositories' result files (BOOM's do not say their steps)")
     axis.set(xscale="log", xlim=(0.15, 30), ylim=(0, 960), xlabel="environment steps (millions, log)", ylabel="return")
     label_ticks(axis.xaxis)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)

@@ -77,8 +77,7 @@ def read_runs(folder: Path) -> list[Run]:
 def runs_in(paths: Iterable[Path]) -> list[Run]:
     """The evaluated runs at paths, each once: runs' folders, or folders of runs."""
     found = {run.folder: run for path in paths for run in read_runs(path)}
-    tables = {folder: folder / "eval.csv" for folder in found}
-    return [run for run in found.values() if tables[run.folder].exists() and tables[run.folder].stat().st_size]
+    return [run for run in found.values() if (run.folder / "eval.csv").exists()]
 
 
 def policies(run: Run) -> dict[int, Path]:

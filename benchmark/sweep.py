@@ -108,7 +108,7 @@ class Task(NamedTuple):
 
     def command(self, run: Run | None) -> list[str]:
         resume = ["--resume", str(run.folder)] if run else []
-        return [str(self.script), *resume, *self.flags]  # over the run's own, which may have another --no-cuda
+        return [str(self.script), *resume, *self.flags]  # this machine's --no-cuda or --save-every wins
 
 
 def as_flags(args: Any, default: Any) -> list[str]:
