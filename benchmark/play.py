@@ -95,7 +95,7 @@ def time_step(env: gym.Env) -> float:
     if isinstance(seconds, Real) and seconds > 0:  # in shimmy dm_control's control_timestep()
         found.append(float(seconds))
     if not found:
-        print("the environment has neither metadata['render_fps'] nor dt: its time step is taken to be 0.05 s")
+        print("there is neither metadata['render_fps'] nor dt: a step is taken to last 0.05 s; --time-step says better")
         return 0.05
     longest = max(found)  # some have the physics' dt, a part of a step; others a film's frames, several to a step
     if min(found) < 0.98 * longest:
