@@ -23,8 +23,8 @@ the entropy is that of a sampled action a', as in SAC:
 
     y = r + gamma (1 - terminated) (1/K sum_k min_j Q'_j(s', clip(tanh(mean(s')) + radius v_k)) - alpha log pi(a' | s'))
 
-(equations 6 and 9), and the critic has a LayerNorm before each hidden activation (section 3.4). The rest is SAC; to see
-what is not: `diff baselines/sac.py sac_ams.py`.
+(figure 2, section 3.5), and the critic has a LayerNorm before each hidden activation (section 3.4). The rest is SAC; to
+see what is not: `diff baselines/sac.py sac_ams.py`.
 
     python sac_ams.py --env-id dog-run
     python sac_ams.py --env-id quadruped-run --num-seeds 5 --track
@@ -225,7 +225,7 @@ def sample_directions(shape: tuple[int, ...], action_dim: int, num_neighbors: in
 def neighborhood_value(
     critic: Callable, observations: Tensor, anchor: Tensor, directions: Tensor, radius: float
 ) -> Tensor:
-    """1/K sum_k min_j Q_j(s, clip(anchor + radius v_k)) (AMS, equation 6): the twins' minimum is inside the mean.
+    """1/K sum_k min_j Q_j(s, clip(anchor + radius v_k)) (AMS, figure 2): the twins' minimum is inside the mean.
 
     observations [S, B, O], anchor [S, B, A], directions [S, B or 1, K, A] -> [S, B]. critic is any callable
     (observations [S, B, O], actions [S, B * K, A], K consecutive ones for each observation) -> [S, 2, B * K].

@@ -18,12 +18,14 @@
 # ///
 """SAC with PAVE, policy-aware value-field equalization (ICML 2026).
 
-PAVE shapes the critic's action-gradient field g = dQ/da:
+With g = dQ/da and H_aa = dg/da, a greedy action moves with the state by da/ds = -H_aa^-1 dg/ds: it jumps where g
+turns fast with the state, or where Q is flat along the action. PAVE adds three losses to the critic's:
 
     L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (the actor's loss is SAC's)
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
-The protocol is the paper's, the weights go by the environment. The rest is SAC; to see what is not:
+MPR and VFC keep g steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved downwards, along random
+signs v. The protocol is the paper's, the weights go by the environment. The rest is SAC; to see what is not:
 `diff baselines/sac.py sac_pave.py`.
 
     python sac_pave.py --env-id Walker2d-v5
@@ -105,7 +107,7 @@ class Args:
     vfc_weight: float = 0.1  # of the vector field consistency
     curvature_weight: float = 0.01  # of the curvature preservation; all three 0: the base method, at its cost
     sigma: float = 0.01  # standard deviation of MPR's noise on the observation
-    delta: float = 1.0  # least curvature, along the action, that Curv asks for
+    delta: float = 1.0  # Curv asks for v^T H v <= -delta
     geometry_rows: int = 0  # rows of the batch that the three losses are taken on; 0 is all, as in the paper
     alpha: float = 0.2  # entropy coefficient, with --no-autotune
     autotune: bool = False  # tune it, from 1, to the target entropy -A
@@ -299,7 +301,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics, plus PAVE's weighted losses [S], and what to log."""
+        """Half the squared TD errors of both critics, plus PAVE's weighted losses [S], and what to log."""
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
             targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values

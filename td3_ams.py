@@ -20,7 +20,7 @@
 
 The TD target averages the value over K neighbours of the target action, along random orthonormal directions v_k:
 
-    y = r + gamma (1 - terminated) 1/K sum_k min_j Q'_j(s', clip(pi'(s') + radius v_k))        (equations 6 and 9)
+    y = r + gamma (1 - terminated) 1/K sum_k min_j Q'_j(s', clip(pi'(s') + radius v_k))        (figure 2, equation 9)
 
 and the critic has a LayerNorm before each hidden activation (section 3.4). The rest is TD3; to see what is not:
 `diff baselines/td3.py td3_ams.py`.
@@ -214,7 +214,7 @@ def sample_directions(shape: tuple[int, ...], action_dim: int, num_neighbors: in
 def neighborhood_value(
     critic: Callable, observations: Tensor, anchor: Tensor, directions: Tensor, radius: float
 ) -> Tensor:
-    """1/K sum_k min_j Q_j(s, clip(anchor + radius v_k)) (AMS, equation 6): the twins' minimum is inside the mean.
+    """1/K sum_k min_j Q_j(s, clip(anchor + radius v_k)) (AMS, figure 2): the twins' minimum is inside the mean.
 
     observations [S, B, O], anchor [S, B, A], directions [S, B or 1, K, A] -> [S, B]. critic is any callable
     (observations [S, B, O], actions [S, B * K, A], K consecutive ones for each observation) -> [S, 2, B * K].

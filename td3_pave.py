@@ -18,12 +18,14 @@
 # ///
 """TD3 with PAVE, policy-aware value-field equalization (ICML 2026).
 
-PAVE shapes the critic's action-gradient field g = dQ/da:
+With g = dQ/da and H_aa = dg/da, a greedy action moves with the state by da/ds = -H_aa^-1 dg/ds: it jumps where g
+turns fast with the state, or where Q is flat along the action. PAVE adds three losses to the critic's:
 
-    L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (the actor's loss is TD3's)
+    L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (the actor's loss: TD3's, and CAPS's if asked for)
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
-The protocol is the paper's, the weights go by the environment. The rest is TD3; to see what is not:
+MPR and VFC keep g steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved downwards, along random
+signs v. The protocol is the paper's, the weights go by the environment. The rest is TD3; to see what is not:
 `diff baselines/td3.py td3_pave.py`.
 
     python td3_pave.py --env-id Walker2d-v5
@@ -104,7 +106,7 @@ class Args:
     vfc_weight: float = 0.1  # of the vector field consistency
     curvature_weight: float = 0.01  # of the curvature preservation; all three 0: the base method, at its cost
     sigma: float = 0.01  # standard deviation of MPR's noise on the observation
-    delta: float = 1.0  # least curvature, along the action, that Curv asks for
+    delta: float = 1.0  # Curv asks for v^T H v <= -delta
     geometry_rows: int = 0  # rows of the batch that the three losses are taken on; 0 is all, as in the paper
     caps_temporal_weight: float = 0.0  # of CAPS on the actor besides, as in baselines/td3_caps.py (there 0.1)
     caps_spatial_weight: float = 0.0  # there 0.5
@@ -329,10 +331,11 @@ class Agent:
         return values, penalty, {"losses/mpr": mpr, "losses/vfc": vfc, "losses/curv": curv}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Minus the first critic's value of the actor's actions [S], and what to log."""
+        """Minus the first critic's value of the actor's actions, and CAPS's loss if asked for [S]; and what to log."""
         actions = self.actor(batch.observations)
         values = torch.func.functional_call(self.critic, self.first_critic, (batch.observations, actions))  # [S, 1, B]
         loss = -values.mean((1, 2))
+        metrics = {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
         args = self.args
         if args.caps_temporal_weight or args.caps_spatial_weight:
             perturbed = batch.observations + args.caps_sigma * torch.randn_like(batch.observations)
@@ -340,8 +343,9 @@ class Agent:
             next_actions, perturbed_actions = self.actor(around).chunk(2, 1)
             temporal = args.caps_temporal_weight
             spatial = args.caps_spatial_weight
-            loss = loss + caps_loss(actions, next_actions, perturbed_actions, temporal, spatial)
-        return loss, {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
+            metrics["losses/caps"] = caps_loss(actions, next_actions, perturbed_actions, temporal, spatial)
+            loss = loss + metrics["losses/caps"]
+        return loss, metrics
 
     def critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
         loss, metrics = self.critic_loss(batch)

@@ -292,7 +292,7 @@ class Agent:
         self.actor = Actor(args.num_seeds, O, A).to(device)
         self.critic = Critic(args.num_seeds, O, A).to(device)
         self.reward_normalizer = RunningNormalizer(args.num_seeds, 1).to(device)
-        self.discounted_returns = torch.zeros(args.num_seeds, args.num_envs, device=device)  # of each episode so far
+        self.discounted_returns = torch.zeros(args.num_seeds, args.num_envs, device=device)  # of each environment
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, args.learning_rate, eps=1e-5, fused=True)
 
@@ -311,7 +311,10 @@ class Agent:
         return actions, self.actor.log_prob(mean, actions), self.critic(observations)
 
     def normalized_rewards(self, rewards: Tensor, terminations: Tensor) -> Tensor:
-        """A step's rewards [S, N] over the deviation of all discounted returns so far, within +-10: [S, N]."""
+        """A step's rewards [S, N] over the deviation of all discounted returns so far, within +-10: [S, N].
+
+        As gymnasium's NormalizeReward: truncation does not begin a return anew.
+        """
         self.discounted_returns = self.args.gamma * (1 - terminations) * self.discounted_returns + rewards
         self.reward_normalizer.update(self.discounted_returns.unsqueeze(-1))
         return (rewards / self.reward_normalizer.scale().squeeze(-1)).clamp(-10, 10).float()

@@ -21,7 +21,8 @@
     L_actor + predictor_weight 1/2 mean (f(s) - a(s'))^2 + spatial_weight 1/2 mean (a(s') - f_slow(s))^2
             + temporal_weight GRAD,   f a second head of the actor, f_slow a slow copy of it, GRAD as in sac_grad.py
 
-The protocol is the PAVE paper's. The rest is SAC; to see what is not: `diff baselines/sac.py baselines/sac_asap.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is SAC; to see what is not:
+`diff baselines/sac.py baselines/sac_asap.py`.
 
     python baselines/sac_asap.py --env-id Walker2d-v5
 
@@ -211,8 +212,8 @@ def asap_loss(
     """predictor_weight 1/2 mean (f(s) - sg a(s'))^2 + spatial_weight 1/2 mean (a(s') - sg f_slow(s))^2
     + temporal_weight GRAD, sg: no gradient.
 
-    f learns where s leads; a(s') then keeps to what was foreseen, whichever s' came. previous_action a(s_prev), action
-    a(s), next_action a(s'), prediction f(s), slow_prediction f_slow(s) [S, B, A] -> [S].
+    f learns the action that follows s; a(s') then keeps to what was foreseen, whichever s' came. previous_action
+    a(s_prev), action a(s), next_action a(s'), prediction f(s), slow_prediction f_slow(s) [S, B, A] -> [S].
     """
     predictor = (prediction - next_action.detach()).square().mean((-1, -2))
     spatial = (next_action - slow_prediction.detach()).square().mean((-1, -2))
@@ -271,7 +272,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics [S], and what to log."""
+        """Half the squared TD errors of both critics [S], and what to log."""
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
             targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values

@@ -21,7 +21,8 @@
     L_actor + temporal_weight 1/2 mean (a(s) - a(s'))^2
             + spatial_weight 1/2 mean (a(s) - a(s + n))^2,   n ~ N(0, sigma^2)
 
-The protocol is the PAVE paper's. The rest is SAC; to see what is not: `diff baselines/sac.py baselines/sac_caps.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is SAC; to see what is not:
+`diff baselines/sac.py baselines/sac_caps.py`.
 
     python baselines/sac_caps.py --env-id Walker2d-v5
 
@@ -233,7 +234,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics [S], and what to log."""
+        """Half the squared TD errors of both critics [S], and what to log."""
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
             targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values

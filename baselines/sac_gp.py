@@ -18,7 +18,7 @@
 # ///
 """SAC with a gradient penalty on the critic: GP-Critic of the PAVE paper.
 
-    L = L_TD + penalty_weight mean (dQ/da)^2, over both critics    (the actor's loss is SAC's)
+    L = L_TD + penalty_weight mean |dQ/da|^2, over both critics    (the actor's loss is SAC's)
 
 The paper does not print the weight: 0.1 is ours. The protocol is the PAVE paper's. The rest is SAC; to see what is
 not: `diff baselines/sac.py baselines/sac_gp.py`.
@@ -97,7 +97,7 @@ class Args:
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
     update_every: int = 50  # vector steps between two rounds of updates; after n steps come n updates
     policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
-    penalty_weight: float = 0.1  # of the critic's squared action gradient
+    penalty_weight: float = 0.1  # of the squared norm of the critic's action gradient
     alpha: float = 0.2  # entropy coefficient, with --no-autotune
     autotune: bool = False  # tune it, from 1, to the target entropy -A
 
@@ -176,11 +176,11 @@ class Critic(nn.Module):
 
 
 def gradient_penalty(critic: Callable, observations: Tensor, actions: Tensor) -> Tensor:
-    """mean (dQ/da)^2 over B and A, of both critics added, for their parameters: [S, B, O], [S, B, A] -> [S]."""
+    """mean |dQ/da|^2 over B, of both critics added, for their parameters: [S, B, O], [S, B, A] -> [S]."""
     penalty = 0.0
     for twin in range(2):
         gradients = torch.func.grad(lambda a: critic(observations, a)[:, twin].sum())(actions)
-        penalty = penalty + gradients.square().mean((1, 2))
+        penalty = penalty + gradients.square().sum(2).mean(1)
     return penalty
 
 
@@ -233,7 +233,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics, plus the weighted penalty [S], and what to log."""
+        """Half the squared TD errors of both critics, plus the weighted penalty [S], and what to log."""
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
             targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values

@@ -20,7 +20,8 @@
 
     L_actor + grad_weight mean 1/2 (2 a(s) - a(s') - a(s_prev))^2 w,   w = tanh((a(s') - a(s_prev) + 1e-4)^-2)
 
-The protocol is the PAVE paper's. The rest is SAC; to see what is not: `diff baselines/sac.py baselines/sac_grad.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is SAC; to see what is not:
+`diff baselines/sac.py baselines/sac_grad.py`.
 
     python baselines/sac_grad.py --env-id Walker2d-v5
 
@@ -235,7 +236,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics [S], and what to log."""
+        """Half the squared TD errors of both critics [S], and what to log."""
         with torch.no_grad():
             next_values = self.next_values(batch.next_observations)
             targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values

@@ -20,7 +20,7 @@
 
     weight -> weight / ||weight||_2, by one power iteration an update (Miyato et al. 2018); the losses are SAC's
 
-The target critic iterates its own vectors; the paper's source would leave them as they were at the start.
+The target critic, a moving average of the weights before they are divided, iterates its own vectors.
 
 The protocol is the PAVE paper's. The rest is SAC; to see what is not: `diff baselines/sac.py baselines/sac_sn.py`.
 
@@ -249,7 +249,7 @@ class Agent:
         return values - self.alpha().unsqueeze(1) * log_prob
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared TD errors of both critics [S], and what to log."""
+        """Half the squared TD errors of both critics [S], and what to log."""
         self.critic.power_iteration()
         self.target_critic.power_iteration()
         with torch.no_grad():

@@ -21,7 +21,8 @@
     L_actor + predictor_weight 1/2 mean (f(s) - a(s'))^2 + spatial_weight 1/2 mean (a(s') - f_slow(s))^2
             + temporal_weight GRAD,   f a second head of the actor, f_slow a slow copy of it, GRAD as in td3_grad.py
 
-The protocol is the PAVE paper's. The rest is TD3; to see what is not: `diff baselines/td3.py baselines/td3_asap.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is TD3; to see what is not:
+`diff baselines/td3.py baselines/td3_asap.py`.
 
     python baselines/td3_asap.py --env-id Walker2d-v5
 
@@ -211,8 +212,8 @@ def asap_loss(
     """predictor_weight 1/2 mean (f(s) - sg a(s'))^2 + spatial_weight 1/2 mean (a(s') - sg f_slow(s))^2
     + temporal_weight GRAD, sg: no gradient.
 
-    f learns where s leads; a(s') then keeps to what was foreseen, whichever s' came. previous_action a(s_prev), action
-    a(s), next_action a(s'), prediction f(s), slow_prediction f_slow(s) [S, B, A] -> [S].
+    f learns the action that follows s; a(s') then keeps to what was foreseen, whichever s' came. previous_action
+    a(s_prev), action a(s), next_action a(s'), prediction f(s), slow_prediction f_slow(s) [S, B, A] -> [S].
     """
     predictor = (prediction - next_action.detach()).square().mean((-1, -2))
     spatial = (next_action - slow_prediction.detach()).square().mean((-1, -2))

@@ -21,7 +21,8 @@
     L_actor + temporal_weight 1/2 mean (a(s) - a(s'))^2
             + spatial_weight 1/2 mean (a(s) - a(s + n))^2,   n ~ N(0, sigma^2)
 
-The protocol is the PAVE paper's. The rest is TD3; to see what is not: `diff baselines/td3.py baselines/td3_caps.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is TD3; to see what is not:
+`diff baselines/td3.py baselines/td3_caps.py`.
 
     python baselines/td3_caps.py --env-id Walker2d-v5
 

@@ -18,7 +18,7 @@
 # ///
 """TD3 with a gradient penalty on the critic: GP-Critic of the PAVE paper.
 
-    L = L_TD + penalty_weight mean (dQ/da)^2, over both critics    (the actor's loss is TD3's)
+    L = L_TD + penalty_weight mean |dQ/da|^2, over both critics    (the actor's loss is TD3's)
 
 The paper does not print the weight: 0.1 is ours. The protocol is the PAVE paper's. The rest is TD3; to see what is
 not: `diff baselines/td3.py baselines/td3_gp.py`.
@@ -96,7 +96,7 @@ class Args:
     update_every: int = 1  # vector steps between two rounds of updates; after n steps come n updates
     exploration_noise: float = 0.1  # standard deviation
     policy_frequency: int = 2  # updates of the critic for each of the actor and the targets
-    penalty_weight: float = 0.1  # of the critic's squared action gradient
+    penalty_weight: float = 0.1  # of the squared norm of the critic's action gradient
     policy_noise: float = 0.2  # standard deviation of the noise on the target action
     noise_clip: float = 0.5  # the bound of that noise
 
@@ -165,11 +165,11 @@ class Critic(nn.Module):
 
 
 def gradient_penalty(critic: Callable, observations: Tensor, actions: Tensor) -> Tensor:
-    """mean (dQ/da)^2 over B and A, of both critics added, for their parameters: [S, B, O], [S, B, A] -> [S]."""
+    """mean |dQ/da|^2 over B, of both critics added, for their parameters: [S, B, O], [S, B, A] -> [S]."""
     penalty = 0.0
     for twin in range(2):
         gradients = torch.func.grad(lambda a: critic(observations, a)[:, twin].sum())(actions)
-        penalty = penalty + gradients.square().mean((1, 2))
+        penalty = penalty + gradients.square().sum(2).mean(1)
     return penalty
 
 

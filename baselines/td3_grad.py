@@ -20,7 +20,8 @@
 
     L_actor + grad_weight mean 1/2 (2 a(s) - a(s') - a(s_prev))^2 w,   w = tanh((a(s') - a(s_prev) + 1e-4)^-2)
 
-The protocol is the PAVE paper's. The rest is TD3; to see what is not: `diff baselines/td3.py baselines/td3_grad.py`.
+The loss's form and the protocol are those of the PAVE paper's source. The rest is TD3; to see what is not:
+`diff baselines/td3.py baselines/td3_grad.py`.
 
     python baselines/td3_grad.py --env-id Walker2d-v5
 

@@ -20,7 +20,7 @@
 
     weight -> weight / ||weight||_2, by one power iteration an update (Miyato et al. 2018); the losses are TD3's
 
-The target critic iterates its own vectors; the paper's source would leave them as they were at the start.
+The target critic, a moving average of the weights before they are divided, iterates its own vectors.
 
 The protocol is the PAVE paper's. The rest is TD3; to see what is not: `diff baselines/td3.py baselines/td3_sn.py`.
 

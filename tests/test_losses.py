@@ -80,7 +80,7 @@ def gradient_penalty(agent, batch):
     values = agent.critic(batch.observations, actions)
     (first,) = torch.autograd.grad(values[:, 0].sum(), actions, create_graph=True)
     (second,) = torch.autograd.grad(values[:, 1].sum(), actions, create_graph=True)
-    return 0.4 * (first**2 + second**2).mean((1, 2))
+    return 0.4 * (first**2 + second**2).sum(2).mean(1)
 
 
 def td3_value(agent, batch):
