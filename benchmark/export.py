@@ -78,7 +78,8 @@ def metadata(player: Player, seconds: float | None) -> dict[str, str]:
 
     env_id, env_kwargs; observation_size O, observation_parts (path, size and space of each, in order); action_size A,
     action_shape (the environment's own: reshape the A numbers to it), action_low and action_high [A]; time_step in
-    seconds; script, seed, step; where eval.csv is there, return and smoothness, means over this seed's episodes then.
+    seconds, null where nothing says it; script, seed, step; where eval.csv is there, return, length and smoothness,
+    means over this seed's episodes then.
     """
     box = player.env.action_box
     about = {
@@ -99,7 +100,7 @@ def metadata(player: Player, seconds: float | None) -> dict[str, str]:
     if evaluations.exists():
         table = pd.read_csv(evaluations)
         rows = table[(table["seed"] == player.seed) & (table["step"] == player.step)]
-        about |= {"return": rows["return"].mean(), "smoothness": rows["smoothness"].mean()}
+        about |= rows[["return", "length", "smoothness"]].mean().to_dict()
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
@@ -127,6 +128,8 @@ def main(args: Args) -> None:
     onnx, pt2 = export(policy, args.run / f"policy_seed{player.seed}_step{player.step:09d}", O, about)
     for name, text in about.items():
         print(f"  {name:18} {text}")
+    if about["time_step"] == "null":
+        print("no metadata['render_fps'] and no dt: --time-step SECONDS says how long a step lasts")
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -85,8 +85,8 @@ def is_dm_control(env: gym.Env) -> bool:
     return type(env.unwrapped).__name__ == "DmControlCompatibilityV0"
 
 
-def time_step(env: gym.Env) -> float:
-    """Seconds from one action to the next. A guess is said."""
+def time_step(env: gym.Env) -> float | None:
+    """Seconds from one action to the next, as env says; None if it does not."""
     frames_a_second = env.metadata.get("render_fps")
     seconds = getattr(env.unwrapped, "dt", None)
     found = []
@@ -95,8 +95,7 @@ def time_step(env: gym.Env) -> float:
     if isinstance(seconds, Real) and seconds > 0:  # in shimmy dm_control's control_timestep()
         found.append(float(seconds))
     if not found:
-        print("there is neither metadata['render_fps'] nor dt: a step is taken to last 0.05 s; --time-step says better")
-        return 0.05
+        return None
     longest = max(found)  # some have the physics' dt, a part of a step; others a film's frames, several to a step
     if min(found) < 0.98 * longest:
         print(f"dt is {seconds} s, metadata['render_fps'] {frames_a_second}: a step is taken to last {longest:.4g} s")
@@ -377,6 +376,9 @@ def main(args: Args) -> None:
 
     if args.plot or args.film:
         dt = args.time_step or time_step(first.env)
+        if not dt:
+            print("no metadata['render_fps'] and no dt: a step is taken to last 0.05 s; --time-step says better")
+            dt = 0.05
     if args.plot:
         plot(first.run.folder / f"{name}.png", players, condition, played[condition], dt)
     if args.film:

@@ -28,9 +28,13 @@ def script_path(name: str) -> Path:
 
 
 def load_script(name: str) -> ModuleType:
-    """A training script as a module, imported once."""
-    path = script_path(name)
-    module_name = f"smoothq_script_{path.stem}"
+    """A training script of this repository as a module."""
+    return load_module(script_path(name))
+
+
+def load_module(path: Path) -> ModuleType:
+    """A file as a module, imported once."""
+    module_name = file_name(f"smoothq_{path.resolve()}")
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
@@ -86,8 +90,13 @@ def policies(run: Run) -> dict[int, Path]:
 
 
 def script_and_args(run: Run) -> tuple[ModuleType, Any]:
-    """The script that trained a run and its Args: a flag that the run is older than has its default."""
-    script = load_script(run.args["script"])
+    """The script that trained a run and its Args: a flag that the run is older than has its default.
+
+    The run's folder holds the script as it was then: a copy may have other networks, this repository may have gone on.
+    """
+    name = run.args["script"]
+    own = run.folder / f"{name}.py"  # older runs have none
+    script = load_module(own) if own.is_file() else load_script(name)
     known = {name: value for name, value in run.args.items() if name in script.Args.__dataclass_fields__}
     return script, script.Args(**known)
 

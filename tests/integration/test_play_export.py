@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 from processes import SMALL, Run, flags, only_run
 
 pytest.importorskip("onnxruntime", reason="the benchmark extra is not installed: uv run --extra benchmark pytest")
@@ -55,6 +55,14 @@ def test_scores_are_those_of_the_evaluation(trained, capsys, path, env_id):
         values = rows[column].to_numpy()
         printed = [float(word) for word in line.rsplit(maxsplit=3)[1::2]]  # mean, deviation
         np.testing.assert_allclose(printed, [values.mean(), values.std()], rtol=5e-3, atol=5e-3 * abs(printed[0]))
+
+
+def test_a_changed_copy_of_a_script(trained, tmp_path, capsys, monkeypatch):
+    """A run is loaded with the script that trained it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = tmp_path / "my_td3.py"
+    copy.write_text((ROOT / "baselines/td3.py").read_text().replace("F.relu", "torch.sin"))
+    test_scores_are_those_of_the_evaluation(trained, capsys, str(copy), "Pendulum-v1")
 
 
 @pytest.mark.parametrize("env_id, dt", [("Pendulum-v1", 0.05), ("Reacher-v5", 0.02), ("LunarLander-v3", 0.02)])
