@@ -198,7 +198,7 @@ class Agent:
         self.actor = Actor(args.num_seeds, O, A).to(device)
         self.critic = Critic(args.num_seeds, O, A).to(device)
         # views of the first twin's weights: they follow the critic, and take no gradient from the actor's loss
-        self.first_critic = {name: weight[:, :1] for name, weight in self.critic.state_dict().items()}
+        self.first_critic = {name: weight[:, :1].detach() for name, weight in self.critic.named_parameters()}
         self.target_actor = deepcopy(self.actor).requires_grad_(False)
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
@@ -447,8 +447,10 @@ def make_env(env_id: str, env_kwargs: str = "{}", **kwargs) -> gym.Env:
 class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
-    Observations and actions of any shape are flattened; observations are not normalised: to do that, wrap env before
-    this. What nobody here reads is not sent between processes: infos.
+    Observations and actions of any shape are flattened; observations are not normalised: to do that, divide them by
+    constants in a wrapper before this. gymnasium's NormalizeObservation does not do here: its running statistics are
+    in no checkpoint, and evaluation, play.py and export.py would each begin with others. What nobody here reads is not
+    sent between processes: infos.
     """
 
     def __init__(self, env: gym.Env):
@@ -591,6 +593,8 @@ class EnvWorkers:
         for pipe in self.groups.parent_pipes:
             while not pipe.poll(1):
                 left -= 1
+                if STOP_REQUESTS:  # the time that is left to save in may be short
+                    left = min(left, CLOSE_TIMEOUT)
                 if left <= 0:
                     raise TimeoutError(f"an environment's {method} has not returned after {seconds} seconds")
 
@@ -608,7 +612,9 @@ class WorkerGroup(EnvGroup):
         if os.getpid() != trainer:
             torch.set_num_threads(1)  # a fork has none of the trainer's, and an environment's torch would wait for them
             for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
-                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, lambda *_: None)  # a simulator started here would inherit SIG_IGN
+            if hasattr(os, "setpgid"):  # in a group of its own, which a terminal's Ctrl-C does not reach
+                os.setpgid(0, 0)
             if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
                 PR_SET_PDEATHSIG = 1
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -655,8 +661,9 @@ def make_envs(args: Args, seeds: list[int]) -> EnvGroup | EnvWorkers:
 
 
 def start_seeds(args: Args, step: int, for_evaluation: bool, count: int) -> list[int]:
-    """Seeds of count environments, different for each step, and for training and evaluation."""
-    return np.random.SeedSequence([args.seed, step, int(for_evaluation)]).generate_state(count).tolist()
+    """Seeds of count environments, different for each step, and for training and evaluation; a C++ int holds them."""
+    seeds = np.random.SeedSequence([args.seed, step, int(for_evaluation)]).generate_state(count)
+    return (seeds >> 1).tolist()
 
 
 def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
@@ -680,13 +687,13 @@ def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
 
 
 def check_finite(step: int, **columns: np.ndarray) -> None:
-    """Ends the run at a number that float32 does not hold; columns [S * N, ...] by name."""
+    """Raises FloatingPointError at a number that float32 does not hold; columns [S * N, ...] by name."""
     largest = np.finfo(np.float32).max
     for name, column in columns.items():
         good = np.abs(column) <= largest  # NaN is not
         if not good.all():
             index = int(np.argwhere(~good)[0][0])
-            sys.exit(f"step {step}: the {name} of environment {index} is not finite: {column[index]}")
+            raise FloatingPointError(f"step {step}: the {name} of environment {index} is not finite: {column[index]}")
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -695,7 +702,10 @@ EPISODE_LIMIT = 10_000  # steps of an evaluation's episode, for an environment t
 
 
 def smoothness(actions: np.ndarray) -> float:
-    """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021)."""
+    """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021).
+
+    That of white noise grows with the root of T: compare equal lengths, at one rate of actions.
+    """
     T = len(actions)
     frequencies = np.arange(T // 2) / T
     spectrum = np.abs(np.fft.rfft(actions, axis=0))[: T // 2]  # [T // 2, A]
@@ -745,11 +755,12 @@ def evaluate(policy: Callable, envs: EnvGroup | EnvWorkers, args: Args, step: in
 
 
 def open_folder(args: Args) -> Path:
-    """The folder to resume, or a new one, with args.json in it."""
+    """The folder to resume, or a new one, with args.json and this script in it: the tools load the run with both."""
     arguments = json.dumps({"script": Path(__file__).stem, **asdict(args), "resume": None}, indent=2)
     try:
         folder = Path(args.resume) if args.resume else make_folder(args)
         write_atomically(folder / "args.json", lambda file: file.write(arguments.encode()))
+        write_atomically(folder / Path(__file__).name, lambda file: file.write(Path(__file__).read_bytes()))
     except OSError as error:
         fail(f"{error.filename} cannot be written: {error.strerror} (--runs-dir names another place)")
     return folder
@@ -1086,52 +1097,61 @@ def train(args: Args) -> None:
     episode_returns = np.zeros(S * N)
     finished_returns = [[] for _ in range(S)]  # of each seed, since the last point of the log
     metrics = {}
-    while True:
-        is_last = step == args.total_timesteps
-        last_evaluation = int(evaluations[-1]["step"]) if evaluations else -1  # perhaps of the run that it resumes
-        if (step % args.eval_every == 0 or is_last) and step != last_evaluation:
-            log.announce_evaluation(step)
-            rows = evaluate(policy, eval_envs, args, step, action_box)
-            if rows:
-                evaluations += rows
-                save_evaluation(folder, step, agent, evaluations)
-                log.log_evaluation(step, rows)
-        is_stopped = bool(STOP_REQUESTS)
-        if step % args.save_every == 0 or is_last or is_stopped:
-            save_checkpoint(folder, step, agent, replay if args.save_replay else None)
-        if is_last or is_stopped:
-            break
+    try:
+        while True:
+            is_last = step == args.total_timesteps
+            last_evaluation = int(evaluations[-1]["step"]) if evaluations else -1  # perhaps of the run that it resumes
+            if (step % args.eval_every == 0 or is_last) and step != last_evaluation:
+                log.announce_evaluation(step)
+                rows = evaluate(policy, eval_envs, args, step, action_box)
+                if rows:
+                    evaluations += rows
+                    save_evaluation(folder, step, agent, evaluations)
+                    log.log_evaluation(step, rows)
+            is_stopped = bool(STOP_REQUESTS)
+            if step % args.save_every == 0 or is_last or is_stopped:
+                save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+            if is_last or is_stopped:
+                break
 
-        if step < args.learning_starts:
-            actions = 2 * torch.rand(S * N, A).numpy() - 1
-        else:
-            actions = policy(observations, explore=True)
-        check_finite(step, observation=observations, action=actions)
-        envs.step_async(actions)
-        # While the workers' environments step. A run that resumes without its replay fills a new one first.
-        if replay.steps >= args.learning_starts and step % args.update_every == 0:
-            for number in range(step, step + args.update_every):
-                update = update_both if number % args.policy_frequency == 0 else update_critic
-                metrics |= update()
-        next_observations, rewards, terminations, truncations, final_observations = envs.step_wait()
+            if step < args.learning_starts:
+                actions = 2 * torch.rand(S * N, A).numpy() - 1
+            else:
+                actions = policy(observations, explore=True)
+            check_finite(step, observation=observations, action=actions)
+            envs.step_async(actions)
+            # While the workers' environments step. A run that resumes without its replay fills a new one first.
+            if replay.steps >= args.learning_starts and step % args.update_every == 0:
+                for number in range(step, step + args.update_every):
+                    update = update_both if number % args.policy_frequency == 0 else update_critic
+                    metrics |= update()
+            next_observations, rewards, terminations, truncations, final_observations = envs.step_wait()
 
-        done = terminations | truncations  # there next_observations already begin the next episode
-        check_finite(step, observation=final_observations, reward=rewards)
-        replay.add(Batch(observations, actions, final_observations, previous_observations, rewards, terminations))
-        previous_observations = np.where(done[:, None], next_observations, observations)
-        observations = next_observations
-        step += 1
+            done = terminations | truncations  # there next_observations already begin the next episode
+            check_finite(step, observation=final_observations, reward=rewards)
+            replay.add(Batch(observations, actions, final_observations, previous_observations, rewards, terminations))
+            previous_observations = np.where(done[:, None], next_observations, observations)
+            observations = next_observations
+            step += 1
 
-        episode_returns += rewards
-        for index in np.flatnonzero(done):
-            finished_returns[index // N].append(episode_returns[index])
-            episode_returns[index] = 0
-        if step % args.log_every == 0:
-            scalars = {name: metric.mean().item() for name, metric in metrics.items()}
-            if not np.isfinite(list(scalars.values())).all():
-                sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
-            log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
-            finished_returns = [[] for _ in range(S)]
+            episode_returns += rewards
+            for index in np.flatnonzero(done):
+                finished_returns[index // N].append(episode_returns[index])
+                episode_returns[index] = 0
+            if step % args.log_every == 0:
+                scalars = {name: metric.mean().item() for name, metric in metrics.items()}
+                if not np.isfinite(list(scalars.values())).all():
+                    sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
+                log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
+                finished_returns = [[] for _ in range(S)]
+    except Exception:  # an environment's, most likely
+        traceback.print_exc()
+        save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+        print(f"failed at step {step}; go on with: {resume_command(folder)}", flush=True)
+        for group in (envs, eval_envs):
+            with suppress(Exception):  # one that has lost its simulator
+                group.close()
+        sys.exit(1)
     log.close()
     envs.close()
     eval_envs.close()

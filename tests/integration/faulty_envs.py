@@ -32,6 +32,7 @@ class Point(gym.Env):
         self.steps = 0
 
     def reset(self, *, seed=None, options=None):
+        assert seed is None or seed < 2**31  # as a simulator in C++ would have it
         super().reset(seed=seed)
         self.state = self.np_random.uniform(-1, 1, 2)
         return self.observe(self.state), {}
@@ -84,19 +85,28 @@ class NanInReset(Point):
 
 
 class Simulator(Point):
-    """Its steps take a while, and its close() waits for a program of its own."""
+    """Its steps take a while, need a program of its own, which each reset starts anew, and for which close() waits."""
 
-    def __init__(self):
-        super().__init__()
+    program = None
+
+    def reset(self, **kwargs):
+        if self.program:
+            self.program.terminate()
+            self.program.wait()
         self.program = subprocess.Popen(["sleep", "1000"])
+        return super().reset(**kwargs)
 
     def step(self, action):
         time.sleep(0.05)
+        if self.program.poll() is not None:
+            raise RuntimeError("the simulator is gone")
         return super().step(action)
 
     def close(self):
-        self.program.terminate()
-        self.program.wait()
+        if self.program and multiprocessing.current_process().name != "MainProcess":
+            self.program.wait()
+        elif self.program:
+            self.program.kill()
 
 
 class ComputesWithTorch(Point):

@@ -127,7 +127,7 @@ def test_nobody_reads(tmp_path):
 
 
 def test_suspended_and_closed(tmp_path):
-    """Ctrl-Z for longer than a step may take. At the end the simulators, which ignore signals too, are killed."""
+    """Ctrl-Z for longer than a step may take. At the end the workers, which wait for their simulators, are killed."""
     run = start(TD3, tmp_path, "Simulator", total_timesteps=60)
     run.until(lambda: 20 in run.steps)
     for pid in run.session():
@@ -136,6 +136,16 @@ def test_suspended_and_closed(tmp_path):
     for pid in run.session():
         os.kill(pid, signal.SIGCONT)
     run.wait(0)
+
+
+def test_ctrl_c_ends_the_simulator_too(tmp_path):
+    """A terminal sends it to all of the trainer's process group: the step fails, and what was learnt is saved."""
+    run = start(TD3, tmp_path, "Simulator", num_envs=1, save_every=10**6)
+    run.until(lambda: 20 in run.steps)
+    os.killpg(run.pid, signal.SIGINT)
+    run.wait(1)
+    assert "the simulator is gone" in run.errors and "; go on with: " in run.output.splitlines()[-1]
+    assert check_goes_on(TD3, only_run(tmp_path)) >= 20
 
 
 # Environments and numbers.
@@ -154,17 +164,18 @@ EXPECTED = {
 MISBEHAVE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # in the trainer's process
 IN_WORKERS = ("Raises", "RaisesUnsendable", "Dies", "Hangs", "OverflowingReward")
 MISBEHAVE += [(env, 2) for env in IN_WORKERS]
-EVALUATION = dict(eval_every=10, save_every=10)  # the third is too long, with 20 steps each
-ROWS = [(*row, {}, 40) for row in MISBEHAVE] + [("NanInReset", 1, {}, 60)]
-ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
+EVALUATION = dict(eval_every=10)  # the third is too long, with 20 steps each
+ROWS = [(*row, {}, GOOD_STEPS) for row in MISBEHAVE] + [("NanInReset", 1, {}, 60)]
+ROWS += [(env, 2, EVALUATION, 20) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
 
 
 @each_script
 @pytest.mark.parametrize("env, num_envs, changes, saved", ROWS)
 def test_environment_misbehaves(path, env, num_envs, changes, saved, tmp_path):
-    """In training, or in an evaluation: the checkpoint before is whole."""
-    run = start(path, tmp_path, env, num_envs=num_envs, **changes).wait(1)
+    """In training, or in an evaluation: all steps before are saved."""
+    run = start(path, tmp_path, env, num_envs=num_envs, save_every=10**6, **changes).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
+    assert run.output.splitlines()[-1].startswith(f"failed at step {saved}; go on with: ")
     assert check_goes_on(path, only_run(tmp_path)) == saved
 
 
@@ -180,8 +191,8 @@ def test_numbers_overflow(env, log_every, tmp_path):
 # Files. /dev/full refuses every write, as a full disk does.
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "replay.pt", "eval.csv"])
-def test_disk_full(name, tmp_path):
+@pytest.mark.parametrize("name, saved", [("checkpoint.pt", 40), ("replay.pt", 40), ("eval.csv", 60)])
+def test_disk_full(name, saved, tmp_path):
     start(TD3, tmp_path, total_timesteps=40).wait(0)
     folder = only_run(tmp_path)
     (folder / f"{name}.tmp").symlink_to("/dev/full")
@@ -189,7 +200,7 @@ def test_disk_full(name, tmp_path):
     run = Run(TD3, *words, cwd=tmp_path).wait(1)
     assert re.search("No space left on device|file write failed|unexpected pos", run.errors), run.errors
     (folder / f"{name}.tmp").unlink(missing_ok=True)
-    assert check_goes_on(TD3, folder) == 40
+    assert check_goes_on(TD3, folder) == saved
 
 
 def test_damaged_files_and_another_protocol(tmp_path):
