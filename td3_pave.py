@@ -1042,11 +1042,11 @@ class Log:
         with tqdm.external_write_mode(), suppress(OSError):  # nobody reads it any more: go on, or save
             print(f"step {step}/{self.args.total_timesteps} {text}", flush=True)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self.writer.close()
         self.bar.close()
         if self.args.track:
-            self.wandb.finish()
+            self.wandb.finish(exit_code)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -1266,6 +1266,7 @@ def train(args: Args) -> None:
     except Exception:  # an environment's, most likely
         traceback.print_exc()
         save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+        log.close(exit_code=1)
         print(f"failed at step {step}; go on with: {resume_command(folder)}", flush=True)
         for group in (envs, eval_envs):
             with suppress(Exception):  # one that has lost its simulator
