@@ -124,6 +124,7 @@ def main(args: Args) -> None:
     player = load_player(args.run, args.seed, args.step)
     policy = Policy(player)
     about = metadata(player, args.time_step)
+    player.env.close()
     O = player.env.observation_space.shape[0]
     onnx, pt2 = export(policy, args.run / f"policy_seed{player.seed}_step{player.step:09d}", O, about)
     for name, text in about.items():

@@ -389,6 +389,8 @@ def main(args: Args) -> None:
             gif(path)
         if args.track:
             upload(first.run, path, first.step)
+    for player in players:
+        player.env.close()
 
 
 if __name__ == "__main__":
