@@ -611,6 +611,7 @@ class EnvGroup(gym.vector.SyncVectorEnv):
 
 RESET_TIMEOUT = 3600  # seconds for all environments of a process, which may compile
 STEP_TIMEOUT = 300
+STOP_TIMEOUT = 5  # of either, once a signal has asked to stop: who sends it kills soon after
 CLOSE_TIMEOUT = 20
 
 
@@ -638,14 +639,12 @@ class EnvWorkers:
 
     def wait(self, method: str, seconds: int) -> None:
         """Until all have answered. Seconds in which this process runs: Ctrl-Z costs one, however long it lasts."""
-        left = seconds
+        waited = 0
         for pipe in self.groups.parent_pipes:
             while not pipe.poll(1):
-                left -= 1
-                if STOP_REQUESTS:  # the time that is left to save in may be short
-                    left = min(left, CLOSE_TIMEOUT)
-                if left <= 0:
-                    raise TimeoutError(f"an environment's {method} has not returned after {seconds} seconds")
+                waited += 1
+                if waited >= (STOP_TIMEOUT if STOP_REQUESTS else seconds):
+                    raise TimeoutError(f"an environment's {method} has not returned after {waited} seconds")
 
     def close(self) -> None:
         """Those that do not close in time are left to end_workers."""
@@ -660,10 +659,11 @@ class WorkerGroup(EnvGroup):
     def __init__(self, args: Args, seeds: list[int], trainer: int):
         if os.getpid() != trainer:
             torch.set_num_threads(1)  # a fork has none of the trainer's, and an environment's torch would wait for them
-            for number in STOP_SIGNALS:  # they are for the trainer, which ends its workers
-                signal.signal(number, lambda *_: None)  # a simulator started here would inherit SIG_IGN
-            if hasattr(os, "setpgid"):  # in a group of its own, which a terminal's Ctrl-C does not reach
-                os.setpgid(0, 0)
+            # Stop signals are for the trainer, which ends its workers. A simulator started here would inherit SIG_IGN,
+            # and could not be terminated; on Windows it would not, and a handler would end the worker.
+            ignore = signal.SIG_IGN if sys.platform == "win32" else lambda *_: None
+            for number in STOP_SIGNALS:
+                signal.signal(number, ignore)
             if sys.platform == "linux":  # not even a worker that hangs outlives a killed trainer
                 PR_SET_PDEATHSIG = 1
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -992,6 +992,7 @@ def listen_for_stop() -> None:
 
 def request_stop(number: int, _) -> None:
     if STOP_REQUESTS and number == signal.SIGINT and time.monotonic() > STOP_REQUESTS[0] + 1:
+        end_workers()
         os._exit(128 + number)  # asked twice; within a second it is one Ctrl-C, which uv passes on once more
     STOP_REQUESTS.append(time.monotonic())
     with suppress(OSError):  # the terminal is closed, or Ctrl-C has ended the program that reads this
@@ -999,7 +1000,7 @@ def request_stop(number: int, _) -> None:
 
 
 def end_workers() -> None:
-    """Kills those that are left, however the run ended, and what their environments started: they ignore signals."""
+    """Kills those that are left, however the run ended, and what their environments started."""
     for worker in multiprocessing.active_children():
         with suppress(psutil.NoSuchProcess):  # it has just ended
             for process in psutil.Process(worker.pid).children(recursive=True):
@@ -1145,13 +1146,16 @@ def train(args: Args) -> None:
     episode_returns = np.zeros(S * N)
     finished_returns = [[] for _ in range(S)]  # of each seed, since the last point of the log
     metrics = {}
+    is_evaluating = False
     try:
         while True:
             is_last = step == args.total_timesteps
             last_evaluation = int(evaluations[-1]["step"]) if evaluations else -1  # perhaps of the run that it resumes
             if (step % args.eval_every == 0 or is_last) and step != last_evaluation:
                 log.announce_evaluation(step)
+                is_evaluating = True
                 rows = evaluate(policy, eval_envs, args, step, action_box)
+                is_evaluating = False
                 if rows:
                     evaluations += rows
                     save_evaluation(folder, step, agent, evaluations)
@@ -1191,14 +1195,22 @@ def train(args: Args) -> None:
                     sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
-    except Exception:  # an environment's, most likely
-        traceback.print_exc()
-        save_checkpoint(folder, step, agent, replay if args.save_replay else None)
-        log.close(exit_code=1)
-        print(f"failed at step {step}; go on with: {resume_command(folder)}", flush=True)
+    except Exception as error:  # an environment's, most likely; where nobody reads any more, printing fails too
+        with suppress(OSError):
+            traceback.print_exc()
+        # From this step on a resumed run would begin with the evaluation that failed, or have learnt from bad numbers.
+        older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
+        if not (older_is_better and (folder / "checkpoint.pt").exists()):
+            save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        with suppress(OSError):
+            print(f"failed at step {step} ({reason}); go on with: {resume_command(folder)}", flush=True)
+        with suppress(Exception):
+            log.close(exit_code=1)
         for group in (envs, eval_envs):
-            with suppress(Exception):  # one that has lost its simulator
-                group.close()
+            if isinstance(group, EnvGroup):  # end_workers ends the others
+                with suppress(Exception):  # its simulator may be gone
+                    group.close()
         sys.exit(1)
     log.close()
     envs.close()

@@ -38,7 +38,11 @@ def load_module(path: Path) -> ModuleType:
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-        spec.loader.exec_module(sys.modules[module_name])
+        try:
+            spec.loader.exec_module(sys.modules[module_name])
+        except Exception as error:  # of a copy, its user's
+            del sys.modules[module_name]
+            raise ImportError(f"{path}: {type(error).__name__}: {error}") from error
         cloudpickle.register_pickle_by_value(sys.modules[module_name])  # a spawned worker cannot import it
     return sys.modules[module_name]
 
@@ -93,6 +97,7 @@ def script_and_args(run: Run) -> tuple[ModuleType, Any]:
     """The script that trained a run and its Args: a flag that the run is older than has its default.
 
     The run's folder holds the script as it was then: a copy may have other networks, this repository may have gone on.
+    What the tools call of a script (make_env, evaluate, start_seeds, ...) must keep its name and its arguments.
     """
     name = run.args["script"]
     own = run.folder / f"{name}.py"  # older runs have none

@@ -66,12 +66,14 @@ def test_pave_losses(path):
 
 
 @pytest.mark.parametrize("path", ["td3_pave.py", "sac_pave.py"])
-def test_a_critic_that_is_changed_in_one_place(path):
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_a_critic_that_is_changed_in_one_place(path, power):
+    """In its value, its gradient or its curvature alone."""
     script = load_script(path)
 
     class Changed(script.Critic):
         def forward(self, observations, actions):
-            return super().forward(observations, actions) + actions.sum((1, 2)).view(S, 1, 1)
+            return super().forward(observations, actions) + actions.pow(power).sum(2).unsqueeze(1)
 
     with pytest.raises(ValueError, match="they differ in a layer"):
         script.check_action_field(Changed(S, O, A), torch.zeros(S, 1, O), torch.zeros(S, 1, A))

@@ -105,8 +105,9 @@ def test_a_signal_saves(path, name, send, tmp_path, monkeypatch):
     assert check_goes_on(path, folder) >= run.steps[-1]
 
 
-def test_nobody_reads(tmp_path):
-    """Ctrl-C under `2>&1 | tee log` ends tee first; a closed terminal fails in the same places."""
+@pytest.mark.parametrize("env, num_envs", [("Cheap", 2), ("Simulator", 1)])
+def test_nobody_reads(env, num_envs, tmp_path):
+    """Ctrl-C under `2>&1 | tee log` ends tee first, and a simulator; a closed terminal fails in the same places."""
     reader, writer = os.pipe()
 
     def write_to_pipe() -> None:
@@ -115,13 +116,13 @@ def test_nobody_reads(tmp_path):
         os.dup2(writer, 1)
         os.dup2(writer, 2)
 
-    run = start(TD3, tmp_path, save_every=10**6, before=write_to_pipe)
+    run = start(TD3, tmp_path, env, num_envs=num_envs, save_every=10**6, before=write_to_pipe)
     os.close(writer)
     output = b""
     while b"step 40/" not in output:
         output += os.read(reader, 1000)
     os.close(reader)
-    os.kill(run.pid, signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)
     run.wait(0, 1)
     assert check_goes_on(TD3, only_run(tmp_path)) >= 40
 
@@ -144,7 +145,7 @@ def test_ctrl_c_ends_the_simulator_too(tmp_path):
     run.until(lambda: 20 in run.steps)
     os.killpg(run.pid, signal.SIGINT)
     run.wait(1)
-    assert "the simulator is gone" in run.errors and "; go on with: " in run.output.splitlines()[-1]
+    assert "(RuntimeError: the simulator is gone); go on with: " in run.output.splitlines()[-1]
     assert check_goes_on(TD3, only_run(tmp_path)) >= 20
 
 
@@ -161,21 +162,21 @@ EXPECTED = {
     "InfiniteReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: inf",
     "OverflowingReward": rf"step {GOOD_STEPS}: the reward of environment 0 is not finite: 1e\+300",
 }
-MISBEHAVE = [("Raises", 1), ("NanObservation", 1), ("InfiniteReward", 1)]  # in the trainer's process
-IN_WORKERS = ("Raises", "RaisesUnsendable", "Dies", "Hangs", "OverflowingReward")
-MISBEHAVE += [(env, 2) for env in IN_WORKERS]
-EVALUATION = dict(eval_every=10)  # the third is too long, with 20 steps each
-ROWS = [(*row, {}, GOOD_STEPS) for row in MISBEHAVE] + [("NanInReset", 1, {}, 60)]
-ROWS += [(env, 2, EVALUATION, 20) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
+ROWS = [("Raises", 1, {}, GOOD_STEPS)]  # 1: in the trainer's process
+ROWS += [(env, 2, {}, GOOD_STEPS) for env in ("Raises", "RaisesUnsendable", "Dies", "Hangs")]
+ROWS += [(env, num_envs, {}, 40) for env, num_envs in [("NanObservation", 1), ("InfiniteReward", 1)]]
+ROWS += [("OverflowingReward", 2, {}, 40), ("NanInReset", 1, {}, 60)]
+EVALUATION = dict(eval_every=10, save_every=10)  # the third is too long, with 20 steps each
+ROWS += [(env, 2, EVALUATION, 10) for env in ("Raises", "Dies", "Hangs", "HangsInReset")]
 
 
 @each_script
 @pytest.mark.parametrize("env, num_envs, changes, saved", ROWS)
 def test_environment_misbehaves(path, env, num_envs, changes, saved, tmp_path):
-    """In training, or in an evaluation: all steps before are saved."""
-    run = start(path, tmp_path, env, num_envs=num_envs, save_every=10**6, **changes).wait(1)
+    """In training: all steps before are saved, but for bad numbers; those, and an evaluation, leave what was saved."""
+    run = start(path, tmp_path, env, num_envs=num_envs, **changes).wait(1)
     assert re.search(EXPECTED[env], run.errors), run.errors
-    assert run.output.splitlines()[-1].startswith(f"failed at step {saved}; go on with: ")
+    assert re.match(r"failed at step \d+ \(.*\); go on with: ", run.output.splitlines()[-1])
     assert check_goes_on(path, only_run(tmp_path)) == saved
 
 
