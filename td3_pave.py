@@ -1272,15 +1272,14 @@ def train(args: Args) -> None:
                     sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
-    except Exception as error:  # an environment's, most likely; where nobody reads any more, printing fails too
-        with suppress(OSError):
-            traceback.print_exc()
+    except Exception as error:  # an environment's, most likely
         # From this step on a resumed run would begin with the evaluation that failed, or have learnt from bad numbers.
         older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
         if not (older_is_better and (folder / "checkpoint.pt").exists()):
             save_checkpoint(folder, step, agent, replay if args.save_replay else None)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        with suppress(OSError):
+        with suppress(OSError):  # nobody reads it any more
+            traceback.print_exc()
             print(f"failed at step {step} ({reason}); go on with: {resume_command(folder)}", flush=True)
         with suppress(Exception):
             log.close(exit_code=1)
