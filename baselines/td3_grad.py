@@ -804,7 +804,7 @@ def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
     saved = {"step": step}
     for name, module in agent.state().items():
         if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
-            sys.exit(f"step {step}: {name} is not finite; the last good checkpoint is in {folder}")
+            raise FloatingPointError(f"step {step}: {name} is not finite")
         saved[name] = module.state_dict()
     write_atomically(folder / "checkpoint.pt", partial(torch.save, saved))
     if replay:
@@ -1145,7 +1145,7 @@ def train(args: Args) -> None:
             if step % args.log_every == 0:
                 scalars = {name: metric.mean().item() for name, metric in metrics.items()}
                 if not np.isfinite(list(scalars.values())).all():
-                    sys.exit(f"step {step}: a loss is not finite; the last good checkpoint is in {folder}")
+                    raise FloatingPointError(f"step {step}: a loss is not finite")
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
     except Exception as error:  # an environment's, most likely
