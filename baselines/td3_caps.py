@@ -1159,12 +1159,12 @@ def train(args: Args) -> None:
         older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
         if not (older_is_better and (folder / "checkpoint.pt").exists()):
             save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+        with suppress(Exception):
+            log.close(exit_code=1)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         with suppress(OSError):  # nobody reads it any more
             traceback.print_exc()
             print(f"failed at step {step} ({reason}); go on with: {resume_command(folder)}", flush=True)
-        with suppress(Exception):
-            log.close(exit_code=1)
         for group in (envs, eval_envs):
             if isinstance(group, EnvGroup):  # end_workers ends the others
                 with suppress(Exception):  # its simulator may be gone
