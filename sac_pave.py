@@ -18,14 +18,14 @@
 # ///
 """SAC with PAVE, policy-aware value-field equalization (ICML 2026).
 
-With g = dQ/da and H_aa = dg/da, a greedy action moves with the state by da/ds = -H_aa^-1 dg/ds: it jumps where g
-turns fast with the state, or where Q is flat along the action. PAVE adds three losses to the critic's:
+With g = dQ/da and H_aa = dg/da, a greedy action within its bounds moves with the state by da/ds = -H_aa^-1 dg/ds: it
+jumps where g turns fast with the state, or where Q is flat along the action. PAVE adds three losses to the critic's:
 
     L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (the actor's loss is SAC's)
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
-MPR and VFC keep g steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved downwards, along random
-signs v. The protocol is the paper's, the weights go by the environment. The rest is SAC; to see what is not:
+MPR and VFC keep g of the batch's s, a steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved
+downwards, along random signs v. The protocol is the paper's, the weights go by the environment. The rest is SAC; to see what is not:
 `diff baselines/sac.py sac_pave.py`.
 
     python sac_pave.py --env-id Walker2d-v5
@@ -101,13 +101,13 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
-    update_every: int = 50  # vector steps between two rounds of updates; after n steps come n updates
+    update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
     policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
     mpr_weight: float = 0.1  # of the mixed-partial regularisation
     vfc_weight: float = 0.1  # of the vector field consistency
-    curvature_weight: float = 0.01  # of the curvature preservation; all three 0: the base method, at its cost
+    curvature_weight: float = 0.01  # of the curvature preservation; all three 0: the base method, as fast
     sigma: float = 0.01  # standard deviation of MPR's noise on the observation
-    delta: float = 1.0  # Curv asks for v^T H v <= -delta
+    delta: float = 1.0  # Curv asks for v^T H_aa v <= -delta
     geometry_rows: int = 0  # rows of the batch that the three losses are taken on; 0 is all, as in the paper
     alpha: float = 0.2  # entropy coefficient, with --no-autotune
     autotune: bool = False  # tune it, from 1, to the target entropy -A
@@ -188,7 +188,7 @@ class Critic(nn.Module):
     def action_field(
         self, observations: Tensor, actions: Tensor, probes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Q(s, a) [S, 2, B], g = dQ/da [S, 2, B, A] and, with probes v [S, B, A], v^T H v [S, 2, B].
+        """Q(s, a) [S, 2, B], g = dQ/da [S, 2, B, A] and, with probes v [S, B, A], v^T H_aa v [S, 2, B].
 
         The chain rule for two layers of SiLU, written out.
         """
@@ -251,11 +251,11 @@ def pave_losses(
     probes: Tensor,
     delta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """PAVE's three losses, of both critics added, with g = dQ/da and H its Hessian by the action (section "PAVE").
+    """PAVE's three losses, of both critics added, with g = dQ/da and H_aa = dg/da (the paper's section "PAVE").
 
     MPR = mean (g(s + noise, a) - g(s, a))^2
     VFC = mean (g(s', a) - g(s, a))^2
-    Curv = mean relu(v^T H(s, a) v + delta)
+    Curv = mean relu(v^T H_aa v + delta)
 
     Means over B and, where the paper has a squared norm, over A too: the published weights go with that. observations
     and noise [S, B, O], actions and probes v [S, B, A] -> Q(s, a) [S, 2, B] and MPR, VFC, Curv [S].
@@ -1273,9 +1273,9 @@ def train(args: Args) -> None:
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
     except Exception as error:  # an environment's, most likely
-        # From this step on a resumed run would begin with the evaluation that failed, or have learnt from bad numbers.
-        older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
-        if not (older_is_better and (folder / "checkpoint.pt").exists()):
+        # One of now would make a resumed run begin with the evaluation that failed, or may hold bad numbers.
+        keep_older_checkpoint = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
+        if not (keep_older_checkpoint and (folder / "checkpoint.pt").exists()):
             save_checkpoint(folder, step, agent, replay if args.save_replay else None)
         with suppress(Exception):
             log.close(exit_code=1)

@@ -1132,9 +1132,9 @@ def train(args: Args) -> None:
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
     except Exception as error:  # an environment's, most likely
-        # From this step on a resumed run would begin with the evaluation that failed, or have learnt from bad numbers.
-        older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
-        if not (older_is_better and (folder / "checkpoint.pt").exists()):
+        # One of now would make a resumed run begin with the evaluation that failed, or may hold bad numbers.
+        keep_older_checkpoint = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
+        if not (keep_older_checkpoint and (folder / "checkpoint.pt").exists()):
             save_checkpoint(folder, step, agent)
         with suppress(Exception):
             log.close(exit_code=1)

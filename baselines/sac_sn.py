@@ -96,7 +96,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
-    update_every: int = 50  # vector steps between two rounds of updates; after n steps come n updates
+    update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
     policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
     alpha: float = 0.2  # entropy coefficient, with --no-autotune
     autotune: bool = False  # tune it, from 1, to the target entropy -A
@@ -1184,9 +1184,9 @@ def train(args: Args) -> None:
                 log.log_training(step, scalars | return_scalars(finished_returns, args.seed))
                 finished_returns = [[] for _ in range(S)]
     except Exception as error:  # an environment's, most likely
-        # From this step on a resumed run would begin with the evaluation that failed, or have learnt from bad numbers.
-        older_is_better = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
-        if not (older_is_better and (folder / "checkpoint.pt").exists()):
+        # One of now would make a resumed run begin with the evaluation that failed, or may hold bad numbers.
+        keep_older_checkpoint = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
+        if not (keep_older_checkpoint and (folder / "checkpoint.pt").exists()):
             save_checkpoint(folder, step, agent, replay if args.save_replay else None)
         with suppress(Exception):
             log.close(exit_code=1)
