@@ -100,7 +100,7 @@ class Args:
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 5_000  # vector steps of uniformly random actions before the first update
     update_every: int = 1  # vector steps between two rounds of updates; a round has as many updates
-    policy_frequency: int = 2  # updates of the critic between two rounds of actor updates; after n come n of these
+    policy_frequency: int = 2  # updates of the critic between two rounds of actor updates; a round has as many
     num_neighbors: int = 8  # K; 0 is SAC's sampled target action
     radius: float = 0.2  # the neighbours' distance from the target action
     shared_frame: bool = False  # the same directions for the whole batch: figure 2, line 3 can be read so too

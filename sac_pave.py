@@ -25,8 +25,8 @@ jumps where g turns fast with the state, or where Q is flat along the action. PA
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
 MPR and VFC keep g of the batch's s, a steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved
-downwards, along random signs v. The protocol is the paper's, the weights go by the environment. The rest is SAC; to see what is not:
-`diff baselines/sac.py sac_pave.py`.
+downwards, along random signs v. The protocol is the paper's, the weights go by the environment. The rest is
+SAC; to see what is not: `diff baselines/sac.py sac_pave.py`.
 
     python sac_pave.py --env-id Walker2d-v5
     python sac_pave.py --env-id Pendulum-v1 --num-seeds 5 --geometry-rows 25
@@ -102,7 +102,7 @@ class Args:
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
     update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
-    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
+    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; a round has as many
     mpr_weight: float = 0.1  # of the mixed-partial regularisation
     vfc_weight: float = 0.1  # of the vector field consistency
     curvature_weight: float = 0.01  # of the curvature preservation; all three 0: the base method, as fast

@@ -25,8 +25,8 @@ jumps where g turns fast with the state, or where Q is flat along the action. PA
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
 MPR and VFC keep g of the batch's s, a steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved
-downwards, along random signs v. The protocol is the paper's, the weights go by the environment. The rest is TD3; to see what is not:
-`diff baselines/td3.py td3_pave.py`.
+downwards, along random signs v. The protocol is the paper's, the weights go by the environment. The rest is
+TD3; to see what is not: `diff baselines/td3.py td3_pave.py`.
 
     python td3_pave.py --env-id Walker2d-v5
     python td3_pave.py --env-id LunarLander-v3 --caps-temporal-weight 0.1 --caps-spatial-weight 0.5    # PAVE and CAPS

@@ -97,7 +97,7 @@ class Args:
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
     update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
-    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
+    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; a round has as many
     predictor_weight: float = 2.0  # of the predictor's own loss
     spatial_weight: float = 5.0  # of the difference between the next action and the predicted one
     temporal_weight: float = 0.5  # of the actions' weighted second difference

@@ -97,7 +97,7 @@ class Args:
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
     update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
-    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
+    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; a round has as many
     caps_temporal_weight: float = 0.1  # of the difference between successive actions
     caps_spatial_weight: float = 0.5  # of the difference between the actions of an observation and of a noisy one
     caps_sigma: float = 0.2  # standard deviation of that noise

@@ -96,7 +96,7 @@ class Args:
     tau: float = 0.005  # share of the online network that enters the target network
     learning_starts: int = 10_000  # vector steps of uniformly random actions before the first update
     update_every: int = 50  # vector steps between two rounds of updates; a round has as many updates
-    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; after n come n of these
+    policy_frequency: int = 1  # updates of the critic between two rounds of actor updates; a round has as many
     grad_weight: float = 1.0  # of the actions' weighted second difference
     alpha: float = 0.2  # entropy coefficient, with --no-autotune
     autotune: bool = False  # tune it, from 1, to the target entropy -A
