@@ -59,7 +59,7 @@ def test_what_a_run_prints_and_writes(small_run):
     for step in EVALUATED:
         assert printed.count(f"step {step}/{STEPS} evaluating") == 1
         assert sum(line.startswith(f"step {step}/{STEPS} eval/return -") for line in printed) == 1
-    assert any(re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -\d+ left 00:00", line) for line in printed)
+    assert any(re.fullmatch(rf"step {STEPS}/{STEPS} SPS [\d.]+ return -[\d.]+ left 00:00", line) for line in printed)
     assert re.fullmatch(rf"finished runs/{folder.name}: .*play.py .*export.py.*", printed[-1])
 
     assert json.loads((folder / "args.json").read_text())["script"] == Path(path).stem
