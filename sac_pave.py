@@ -179,11 +179,16 @@ class Critic(nn.Module):
         self.fc_q = Linear((S, 2), H2, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]. action_field has these layers again."""
+        """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]."""
+        _, (h2, _, _) = self.hidden(observations, actions)
+        return self.fc_q(h2).squeeze(-1)
+
+    def hidden(self, observations: Tensor, actions: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """SiLU, its first and its second derivative [S, 2, B, H], of each hidden layer."""
         x = torch.cat([observations, actions], -1).unsqueeze(1)
-        x = F.silu(self.fc1(x))
-        x = F.silu(self.fc2(x))
-        return self.fc_q(x).squeeze(-1)
+        layer1 = silu_derivatives(self.fc1(x))
+        layer2 = silu_derivatives(self.fc2(layer1[0]))
+        return layer1, layer2
 
     def action_field(
         self, observations: Tensor, actions: Tensor, probes: Tensor | None = None
@@ -192,13 +197,10 @@ class Critic(nn.Module):
 
         The chain rule for two layers of SiLU, written out.
         """
-        A = actions.shape[-1]
-        x = torch.cat([observations, actions], -1).unsqueeze(1)
-        h1, slope1, bend1 = silu_derivatives(self.fc1(x))  # [S, 2, B, H]
-        h2, slope2, bend2 = silu_derivatives(self.fc2(h1))
+        (_, slope1, bend1), (h2, slope2, bend2) = self.hidden(observations, actions)
         values = self.fc_q(h2).squeeze(-1)
 
-        action_weight = self.fc1.weight[:, :, -A:]  # [S, 2, A, H]
+        action_weight = self.fc1.weight[:, :, -actions.shape[-1] :]  # [S, 2, A, H]
         q_weight = self.fc_q.weight.mT  # [S, 2, 1, H]
         dq_dh1 = (q_weight * slope2) @ self.fc2.weight.mT
         gradients = (dq_dh1 * slope1) @ action_weight.mT
@@ -210,24 +212,6 @@ class Critic(nn.Module):
         curvature1 = (dq_dh1 * bend1 * x1.square()).sum(-1)
         curvature2 = (q_weight * bend2 * x2.square()).sum(-1)
         return values, gradients, curvature1 + curvature2
-
-
-def check_action_field(critic: Critic, observations: Tensor, actions: Tensor) -> None:
-    """Raises ValueError where action_field is not what autograd makes of forward: a changed layer belongs in both."""
-    actions = actions.clone().requires_grad_()
-    probes = torch.ones_like(actions)
-    values, field, curvature = critic.action_field(observations, actions, probes)
-    expected_values = critic(observations, actions)
-    for twin in range(2):
-        (gradient,) = torch.autograd.grad(expected_values[:, twin].sum(), actions, create_graph=True)
-        (hessian_probe,) = torch.autograd.grad((gradient * probes).sum(), actions, retain_graph=True)
-        pairs = [
-            (values[:, twin], expected_values[:, twin]),
-            (field[:, twin], gradient),
-            (curvature[:, twin], (probes * hessian_probe).sum(-1)),
-        ]
-        if any((ours - autograd).norm() > 0.01 * autograd.norm() + 1e-6 for ours, autograd in pairs):
-            raise ValueError("Critic.action_field does not fit Critic.forward: they differ in a layer")
 
 
 def silu_derivatives(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,8 +276,6 @@ class Agent:
         self.target_entropy = -A
         self.actor = Actor(args.num_seeds, O, A).to(device)
         self.critic = Critic(args.num_seeds, O, A).to(device)
-        anywhere = torch.linspace(-1, 1, args.num_seeds * (O + A), device=device).view(args.num_seeds, 1, O + A)
-        check_action_field(self.critic, anywhere[..., :O], anywhere[..., O:])
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.ParameterList([torch.zeros(args.num_seeds, device=device)])
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
@@ -574,8 +556,7 @@ class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
     Observations and actions of any shape are flattened; observations are not normalised: to do that, divide them by
-    constants in a wrapper before this. gymnasium's NormalizeObservation does not do here: its running statistics are
-    in no checkpoint, and evaluation, play.py and export.py would each begin with others. What nobody here reads is not
+    constants in a wrapper before this (running statistics would be in no checkpoint). What nobody here reads is not
     sent between processes: infos.
     """
 

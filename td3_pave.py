@@ -21,7 +21,7 @@
 With g = dQ/da and H_aa = dg/da, a greedy action within its bounds moves with the state by da/ds = -H_aa^-1 dg/ds: it
 jumps where g turns fast with the state, or where Q is flat along the action. PAVE adds three losses to the critic's:
 
-    L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (actor: TD3's loss, plus CAPS's if asked for)
+    L = L_TD + mpr_weight MPR + vfc_weight VFC + curvature_weight Curv    (the actor's loss is TD3's)
     MPR = mean (g(s + eps, a) - g(s, a))^2,  VFC = mean (g(s', a) - g(s, a))^2,  Curv = mean relu(v^T H_aa v + delta)
 
 MPR and VFC keep g of the batch's s, a steady under Gaussian noise eps and to the next state s'; Curv keeps Q curved
@@ -29,7 +29,7 @@ downwards, along random signs v. The protocol is the paper's, the weights go by 
 TD3; to see what is not: `diff baselines/td3.py td3_pave.py`.
 
     python td3_pave.py --env-id Walker2d-v5
-    python td3_pave.py --env-id LunarLander-v3 --caps-temporal-weight 0.1 --caps-spatial-weight 0.5    # PAVE and CAPS
+    python td3_pave.py --env-id Pendulum-v1 --num-seeds 5 --geometry-rows 25
 
 Letters in shapes: S seeds, trained side by side; N environments of each; B rows of a batch; O and A, the sizes of an
 observation and an action; H hidden units; a 2 is the pair of critics. Actions are in [-1, 1] everywhere outside the
@@ -108,9 +108,6 @@ class Args:
     sigma: float = 0.01  # standard deviation of MPR's noise on the observation
     delta: float = 1.0  # Curv asks for v^T H_aa v <= -delta
     geometry_rows: int = 0  # rows of the batch that the three losses are taken on; 0 is all, as in the paper
-    caps_temporal_weight: float = 0.0  # of CAPS on the actor besides, as in baselines/td3_caps.py (there 0.1)
-    caps_spatial_weight: float = 0.0  # there 0.5
-    caps_sigma: float = 0.2  # standard deviation of its noise on the observation
     policy_noise: float = 0.2  # standard deviation of the noise on the target action
     noise_clip: float = 0.5  # the bound of that noise
 
@@ -177,11 +174,16 @@ class Critic(nn.Module):
         self.fc_q = Linear((S, 2), H2, 1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]. action_field has these layers again."""
+        """observations [S, B, O], actions [S, B, A] -> twin values [S, 2, B]."""
+        _, (h2, _, _) = self.hidden(observations, actions)
+        return self.fc_q(h2).squeeze(-1)
+
+    def hidden(self, observations: Tensor, actions: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """SiLU, its first and its second derivative [S, 2, B, H], of each hidden layer."""
         x = torch.cat([observations, actions], -1).unsqueeze(1)
-        x = F.silu(self.fc1(x))
-        x = F.silu(self.fc2(x))
-        return self.fc_q(x).squeeze(-1)
+        layer1 = silu_derivatives(self.fc1(x))
+        layer2 = silu_derivatives(self.fc2(layer1[0]))
+        return layer1, layer2
 
     def action_field(
         self, observations: Tensor, actions: Tensor, probes: Tensor | None = None
@@ -190,13 +192,10 @@ class Critic(nn.Module):
 
         The chain rule for two layers of SiLU, written out.
         """
-        A = actions.shape[-1]
-        x = torch.cat([observations, actions], -1).unsqueeze(1)
-        h1, slope1, bend1 = silu_derivatives(self.fc1(x))  # [S, 2, B, H]
-        h2, slope2, bend2 = silu_derivatives(self.fc2(h1))
+        (_, slope1, bend1), (h2, slope2, bend2) = self.hidden(observations, actions)
         values = self.fc_q(h2).squeeze(-1)
 
-        action_weight = self.fc1.weight[:, :, -A:]  # [S, 2, A, H]
+        action_weight = self.fc1.weight[:, :, -actions.shape[-1] :]  # [S, 2, A, H]
         q_weight = self.fc_q.weight.mT  # [S, 2, 1, H]
         dq_dh1 = (q_weight * slope2) @ self.fc2.weight.mT
         gradients = (dq_dh1 * slope1) @ action_weight.mT
@@ -208,24 +207,6 @@ class Critic(nn.Module):
         curvature1 = (dq_dh1 * bend1 * x1.square()).sum(-1)
         curvature2 = (q_weight * bend2 * x2.square()).sum(-1)
         return values, gradients, curvature1 + curvature2
-
-
-def check_action_field(critic: Critic, observations: Tensor, actions: Tensor) -> None:
-    """Raises ValueError where action_field is not what autograd makes of forward: a changed layer belongs in both."""
-    actions = actions.clone().requires_grad_()
-    probes = torch.ones_like(actions)
-    values, field, curvature = critic.action_field(observations, actions, probes)
-    expected_values = critic(observations, actions)
-    for twin in range(2):
-        (gradient,) = torch.autograd.grad(expected_values[:, twin].sum(), actions, create_graph=True)
-        (hessian_probe,) = torch.autograd.grad((gradient * probes).sum(), actions, retain_graph=True)
-        pairs = [
-            (values[:, twin], expected_values[:, twin]),
-            (field[:, twin], gradient),
-            (curvature[:, twin], (probes * hessian_probe).sum(-1)),
-        ]
-        if any((ours - autograd).norm() > 0.01 * autograd.norm() + 1e-6 for ours, autograd in pairs):
-            raise ValueError("Critic.action_field does not fit Critic.forward: they differ in a layer")
 
 
 def silu_derivatives(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,13 +249,6 @@ def pave_losses(
     return values, mpr, vfc, curv
 
 
-def caps_loss(action: Tensor, next_action: Tensor, perturbed_action: Tensor, temporal: float, spatial: float) -> Tensor:
-    """temporal 1/2 mean (a(s) - a(s'))^2 + spatial 1/2 mean (a(s) - a(s + n))^2 (CAPS): [S, B, A] -> [S]."""
-    temporal_change = (action - next_action).square().mean((-1, -2))
-    spatial_change = (action - perturbed_action).square().mean((-1, -2))
-    return 0.5 * (temporal * temporal_change + spatial * spatial_change)
-
-
 # ---------------------------------------------------------------------------------------------------------------- agent
 
 
@@ -296,8 +270,6 @@ class Agent:
         self.device = device
         self.actor = Actor(args.num_seeds, O, A).to(device)
         self.critic = Critic(args.num_seeds, O, A).to(device)
-        anywhere = torch.linspace(-1, 1, args.num_seeds * (O + A), device=device).view(args.num_seeds, 1, O + A)
-        check_action_field(self.critic, anywhere[..., :O], anywhere[..., O:])
         # views of the first twin's weights: they follow the critic, and take no gradient from the actor's loss
         self.first_critic = {name: weight[:, :1].detach() for name, weight in self.critic.named_parameters()}
         self.target_actor = deepcopy(self.actor).requires_grad_(False)
@@ -351,21 +323,11 @@ class Agent:
         return values, penalty, {"losses/mpr": mpr, "losses/vfc": vfc, "losses/curv": curv}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Minus the first critic's value of the actor's actions, and CAPS's loss if asked for [S]; and what to log."""
+        """Minus the first critic's value of the actor's actions [S], and what to log."""
         actions = self.actor(batch.observations)
         values = torch.func.functional_call(self.critic, self.first_critic, (batch.observations, actions))  # [S, 1, B]
         loss = -values.mean((1, 2))
-        metrics = {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
-        args = self.args
-        if args.caps_temporal_weight or args.caps_spatial_weight:
-            perturbed = batch.observations + args.caps_sigma * torch.randn_like(batch.observations)
-            around = torch.cat([batch.next_observations, perturbed], 1)
-            next_actions, perturbed_actions = self.actor(around).chunk(2, 1)
-            temporal = args.caps_temporal_weight
-            spatial = args.caps_spatial_weight
-            metrics["losses/caps"] = caps_loss(actions, next_actions, perturbed_actions, temporal, spatial)
-            loss = loss + metrics["losses/caps"]
-        return loss, metrics
+        return loss, {"losses/actor_loss": loss, "diagnostics/action_saturation": action_saturation(actions)}
 
     def critic_gradients(self, batch: Batch) -> dict[str, Tensor]:
         loss, metrics = self.critic_loss(batch)
@@ -574,8 +536,7 @@ class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
     Observations and actions of any shape are flattened; observations are not normalised: to do that, divide them by
-    constants in a wrapper before this. gymnasium's NormalizeObservation does not do here: its running statistics are
-    in no checkpoint, and evaluation, play.py and export.py would each begin with others. What nobody here reads is not
+    constants in a wrapper before this (running statistics would be in no checkpoint). What nobody here reads is not
     sent between processes: infos.
     """
 

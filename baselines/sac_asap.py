@@ -522,8 +522,7 @@ class FlatEnv(gym.Wrapper):
     """What an algorithm sees of an environment: observations [O] in float32, actions in [-1, 1]^A, a number as reward.
 
     Observations and actions of any shape are flattened; observations are not normalised: to do that, divide them by
-    constants in a wrapper before this. gymnasium's NormalizeObservation does not do here: its running statistics are
-    in no checkpoint, and evaluation, play.py and export.py would each begin with others. What nobody here reads is not
+    constants in a wrapper before this (running statistics would be in no checkpoint). What nobody here reads is not
     sent between processes: infos.
     """
 

@@ -80,10 +80,6 @@ SUITES: dict[str, list[Cell]] = {
     "pave-table-2": pave_cells("sac", PAVE_ENVS, PAVE_METHODS),
     "pave-critic-baselines": pave_cells("td3", ("LunarLander-v3", "Walker2d-v5"), ("base", "sn", "gp", "pave")),
     "pave-ablation": ablation_cells("Walker2d-v5", ("000", "100", "010", "110", "001", "101", "011", "111")),
-    "pave-plus-caps": [
-        *pave_cells("td3", ("LunarLander-v3",), ("base", "caps", "pave")),
-        Cell("caps+pave", "td3_pave", "LunarLander-v3", {"caps_temporal_weight": 0.1, "caps_spatial_weight": 0.5}),
-    ],
     "pave-terms-pendulum": ablation_cells("Pendulum-v1", ("000", "110", "001", "111")),  # ours
     "pave-quarter-rows": [  # ours: is a quarter of the batch enough for PAVE's losses?
         *pave_cells("sac", ("Pendulum-v1", "LunarLander-v3"), ("base", "pave")),
@@ -118,7 +114,6 @@ NAMES = {  # by script without the backbone, and the flags that are not its defa
     "PAVE curvature_weight=0.0": "PAVE without Curv",
     "PAVE vfc_weight=0.0": "PAVE without VFC",
     "PAVE mpr_weight=0.0": "PAVE without MPR",
-    "PAVE caps_temporal_weight=0.1 caps_spatial_weight=0.5": "PAVE with CAPS",
     "PAVE geometry_rows=25": "PAVE, a quarter of the rows",
     "PAVE geometry_rows=64": "PAVE, a quarter of the rows",
     "AMS num_neighbors=0": "LayerNorm + TD3's noise",
