@@ -1,10 +1,10 @@
 # /// script
-# requires-python = ">=3.10,<3.13"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #     "torch>=2.11,<3",
 #     "numpy>=1.26,<3",
 #     "gymnasium[mujoco]>=1.1,<2",
-#     "box2d>=2.3.10; sys_platform != 'linux' or platform_machine == 'x86_64'",
+#     "box2d>=2.3.10; python_version < '3.14' and (sys_platform != 'linux' or platform_machine == 'x86_64')",
 #     "pygame-ce>=2.1.3",
 #     "mujoco>=3.1.6,<4",
 #     "dm_control>=1.0.20,<2",
@@ -15,6 +15,8 @@
 #     "tensorboard>=2.17,<3",
 #     "wandb>=0.18,<1",
 # ]
+# [tool.uv]
+# override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
 """TD3 with a gradient penalty on the critic: GP-Critic of the PAVE paper.
 
@@ -1016,6 +1018,8 @@ def prepare_process(num_envs: int) -> None:
     allowed = torch.get_num_threads()  # obeys OMP_NUM_THREADS
     torch.set_num_threads(min(4, free_cores, allowed))  # more than 4 gain nothing
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered
+    if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
+        multiprocessing.set_start_method("fork")  # Python 3.14's default is a server, which dies of a stop signal
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; an old glibc refuses the first

@@ -19,11 +19,15 @@ def test_one_name_one_source():
 
 def test_every_script_asks_for_what_pyproject_does():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    overrides = pyproject["tool"]["uv"]["override-dependencies"]
     for path in ALL:
         header = (ROOT / path).read_text().split("# /// script\n# ")[1].split("\n# ///")[0]
-        for name, value in tomllib.loads(header.replace("\n# ", "\n")).items():
-            assert value == project[name], path
+        metadata = tomllib.loads(header.replace("\n# ", "\n"))
+        assert metadata["requires-python"] == project["requires-python"], path
+        assert metadata["dependencies"] == project["dependencies"], path
+        assert metadata["tool"]["uv"]["override-dependencies"] == overrides, path
 
 
 @pytest.mark.parametrize("steps, capacity", [(1, 4), (4, 4), (7, 4)])
