@@ -78,7 +78,7 @@ class Args:
     num_envs: int = 8  # N, parallel environments of each seed; CleanRL has 1
     total_timesteps: int = 62_500  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
-    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
+    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments where none are given
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
@@ -631,7 +631,10 @@ def count_cores() -> int:
 
 
 def group_size(count: int) -> int:
-    """How many of count environments share a process: 1 if there are cores enough. Every group has as many."""
+    """How many of count environments share a process: 1 if there are cores enough.
+
+    All groups are alike, so it divides count, and there may be more processes than cores.
+    """
     size = (count - 1) // count_cores() + 1
     while count % size:
         size -= 1
@@ -667,6 +670,8 @@ def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
             message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         if isinstance(error, ImportError):
             message += "; your own module must be on PYTHONPATH, README.md says how to install others"
+        elif not isinstance(error, gym.error.Error):
+            traceback.print_exc()  # the way to the fault in the user's code
         if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
             message += "; MUJOCO_GL=egl lets it render"
         fail(f"--env-id {args.env_id}: {message}")
@@ -691,7 +696,7 @@ EPISODE_LIMIT = 10_000  # steps of an evaluation's episode, for an environment t
 def smoothness(actions: np.ndarray) -> float:
     """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021).
 
-    That of white noise grows with the root of T: compare equal lengths, at one rate of actions.
+    Lower is smoother. That of white noise grows with the root of T: compare equal lengths, at one rate of actions.
     """
     T = len(actions)
     frequencies = np.arange(T // 2) / T
@@ -787,7 +792,7 @@ def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> 
 
 
 def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
-    """A run that is killed between the two files resumes with an older replay."""
+    """A run that is killed between the two files, or saved without its replay, resumes with the older one there."""
     saved = {"step": step}
     for name, module in agent.state().items():
         if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
@@ -942,7 +947,8 @@ def end_workers() -> None:
     for worker in multiprocessing.active_children():
         with suppress(psutil.NoSuchProcess):  # it has just ended
             for process in psutil.Process(worker.pid).children(recursive=True):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         worker.kill()
 
 
@@ -1138,7 +1144,10 @@ def train(args: Args) -> None:
         # One of now would make a resumed run begin with the evaluation that failed, or may hold bad numbers.
         keep_older_checkpoint = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
         if not (keep_older_checkpoint and (folder / "checkpoint.pt").exists()):
-            save_checkpoint(folder, step, agent)
+            try:
+                save_checkpoint(folder, step, agent)
+            except Exception:  # a full disk, or a GPU that is lost: the older checkpoint stays
+                traceback.print_exc()
         with suppress(Exception):
             log.close(exit_code=1)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

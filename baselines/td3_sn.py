@@ -78,7 +78,7 @@ class Args:
     num_envs: int = 1  # N, parallel environments of each seed
     total_timesteps: int = 1_000_000  # vector steps: each advances every environment; SETTINGS has exceptions
     runs_dir: str = "runs"  # where the run's folder is made
-    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments
+    resume: str | None = None  # a run's folder: go on from its checkpoint, with its arguments where none are given
     track: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no account
     wandb_project_name: str = "smoothq"
     wandb_entity: str | None = None
@@ -193,7 +193,7 @@ class Critic(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Transitions: what the replay stores, and a sample of it."""
+    """Transitions: a sample of the replay; one that is added is of arrays [S * N, ...]."""
 
     observations: Tensor  # [S, B, O]
     actions: Tensor  # [S, B, A]
@@ -344,7 +344,10 @@ def compiler_fault(device: torch.device) -> str:
 
 
 class CapturedUpdate:
-    """update() -> metrics as one CUDA graph. The first three calls run as they are, which warms up what is recorded."""
+    """update() -> metrics as one CUDA graph. The first three calls run as they are, which warms up what is recorded.
+
+    A Python number in update, such as a radius or a learning rate, stays what it was when the graph was recorded.
+    """
 
     def __init__(self, update: Callable):
         self.update = update
@@ -381,7 +384,7 @@ class ReplayBuffer:
         self.widths = widths
         self.rows = torch.zeros(S, capacity, N, sum(widths), device=device)
         self.seed_index = torch.arange(S, device=device).unsqueeze(1)
-        self.steps = 0  # stored so far
+        self.steps = 0  # added so far, the overwritten ones too
         self.filled = torch.zeros((), dtype=torch.float64, device=device)  # a tensor, which a captured graph reads anew
 
     def add(self, batch: Batch) -> None:
@@ -414,7 +417,8 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
 def check_fits(args: Args, kind: str, gigabytes: float, free: float) -> None:
     print(f"a full replay needs {gigabytes:.2f} GB of {kind}; {free:.1f} GB are free", flush=True)
     if gigabytes > free:
-        fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
+        remedy = f"a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})"
+        fail(f"the replay cannot fit: {remedy}; --no-save-replay needs no room for its copy")
 
 
 def free_memory() -> float:
@@ -656,7 +660,10 @@ def count_cores() -> int:
 
 
 def group_size(count: int) -> int:
-    """How many of count environments share a process: 1 if there are cores enough. Every group has as many."""
+    """How many of count environments share a process: 1 if there are cores enough.
+
+    All groups are alike, so it divides count, and there may be more processes than cores.
+    """
     size = (count - 1) // count_cores() + 1
     while count % size:
         size -= 1
@@ -692,6 +699,8 @@ def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
             message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         if isinstance(error, ImportError):
             message += "; your own module must be on PYTHONPATH, README.md says how to install others"
+        elif not isinstance(error, gym.error.Error):
+            traceback.print_exc()  # the way to the fault in the user's code
         if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
             message += "; MUJOCO_GL=egl lets it render"
         fail(f"--env-id {args.env_id}: {message}")
@@ -716,7 +725,7 @@ EPISODE_LIMIT = 10_000  # steps of an evaluation's episode, for an environment t
 def smoothness(actions: np.ndarray) -> float:
     """How much actions [T, A] oscillate: the mean over A of 2/T sum_k f_k |FFT|_k, f_k = k/T (CAPS, 2021).
 
-    That of white noise grows with the root of T: compare equal lengths, at one rate of actions.
+    Lower is smoother. That of white noise grows with the root of T: compare equal lengths, at one rate of actions.
     """
     T = len(actions)
     frequencies = np.arange(T // 2) / T
@@ -812,7 +821,7 @@ def save_evaluation(folder: Path, step: int, agent: Agent, rows: list[dict]) -> 
 
 
 def save_checkpoint(folder: Path, step: int, agent: Agent, replay=None) -> None:
-    """A run that is killed between the two files resumes with an older replay."""
+    """A run that is killed between the two files, or saved without its replay, resumes with the older one there."""
     saved = {"step": step}
     for name, module in agent.state().items():
         if not all(tensor.isfinite().all() for tensor in tensors_of(module)):
@@ -967,7 +976,8 @@ def end_workers() -> None:
     for worker in multiprocessing.active_children():
         with suppress(psutil.NoSuchProcess):  # it has just ended
             for process in psutil.Process(worker.pid).children(recursive=True):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         worker.kill()
 
 
@@ -1137,7 +1147,8 @@ def train(args: Args) -> None:
                 actions = policy(observations, explore=True)
             check_finite(step, observation=observations, action=actions)
             envs.step_async(actions)
-            # While the workers' environments step. A run that resumes without its replay fills a new one first.
+            # Updates run while the workers' environments step, so without the transition of this step.
+            # replay.steps, not step: a run that resumes without its replay fills a new one first.
             if replay.steps >= args.learning_starts and step % args.update_every == 0:
                 for number in range(step, step + args.update_every):
                     update = update_both if number % args.policy_frequency == 0 else update_critic
@@ -1164,7 +1175,10 @@ def train(args: Args) -> None:
         # One of now would make a resumed run begin with the evaluation that failed, or may hold bad numbers.
         keep_older_checkpoint = (is_evaluating and not STOP_REQUESTS) or isinstance(error, FloatingPointError)
         if not (keep_older_checkpoint and (folder / "checkpoint.pt").exists()):
-            save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+            try:
+                save_checkpoint(folder, step, agent, replay if args.save_replay else None)
+            except Exception:  # a full disk, or a GPU that is lost: the older checkpoint stays
+                traceback.print_exc()
         with suppress(Exception):
             log.close(exit_code=1)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -149,6 +149,18 @@ def test_ctrl_c_ends_the_simulator_too(tmp_path):
     assert check_goes_on(TD3, only_run(tmp_path)) >= 20
 
 
+def test_a_failure_is_told_where_it_cannot_be_saved(tmp_path):
+    run = start(TD3, tmp_path, "Simulator", num_envs=1, save_every=10**6)
+    run.until(lambda: 20 in run.steps)
+    checkpoint = only_run(tmp_path) / "checkpoint.pt"
+    checkpoint.unlink()
+    checkpoint.mkdir()  # cannot be written to
+    os.killpg(run.pid, signal.SIGINT)
+    run.wait(1)
+    assert "IsADirectoryError" in run.errors
+    assert "(RuntimeError: the simulator is gone); go on with: " in run.output.splitlines()[-1]
+
+
 # Environments and numbers.
 
 EXPECTED = {
