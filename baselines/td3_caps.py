@@ -652,7 +652,10 @@ def sendable_errors():
 
 
 def count_cores() -> int:
-    """Those that this process may use."""
+    """Those that this process may use, or as many as PYTHON_CPU_COUNT says, which Python 3.13 obeys too."""
+    told = os.environ.get("PYTHON_CPU_COUNT", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 
 
@@ -943,7 +946,10 @@ class Log:
         self.writer.close()
         self.bar.close()
         if self.args.track:
-            self.wandb.finish(exit_code)
+            try:
+                self.wandb.finish(exit_code)
+            except Exception as error:  # a signal to the whole job has ended W&B's process, say
+                print(f"Weights & Biases: {error}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

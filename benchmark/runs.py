@@ -72,7 +72,7 @@ def read_run(folder: Path) -> Run:
 
 def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder, oldest first, or the one that it is; what cannot be read is passed over, with a line."""
-    paths = [*folder.glob("args.json"), *folder.glob("*/args.json")]
+    paths = folder.rglob("args.json")
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:

@@ -47,7 +47,7 @@ class Options:
     runs_dir: Path = Path("runs")  # where the runs' folders are made
     dry_run: bool = False  # print the commands, start nothing
     address: str | None = None  # a Ray cluster's, or auto; without it one runs on this machine for as long as the sweep
-    cpus_per_run: float = 1.0  # CPU cores that Ray sets aside for a run, and its threads
+    cpus_per_run: float = 1.0  # CPU cores that Ray sets aside for a run: its threads, and its processes of environments
     gpus_per_run: float | None = None  # share of a GPU for a run; by default 0.25 where there are GPUs
     retries: int = 10  # how often a run is resumed after its process, its worker or its machine died
 
@@ -94,6 +94,11 @@ class Task(NamedTuple):
     @property
     def log(self) -> Path:
         return self.runs_dir / ".sweep" / f"{self.name}.log"
+
+    @property
+    def script_lock(self) -> Path:
+        """Held while its script runs."""
+        return self.log.with_suffix(".script.lock")
 
     def find_run(self) -> Run | None:
         """The complete run of this task, else the newest that can be resumed."""
@@ -185,9 +190,14 @@ def plan(cells: list[Cell], options: Options, runs: list[Run]) -> tuple[list[Tas
 
 # Runs a script under a lock, and asks it to save and stop when stdin ends: the worker closed it or died, even killed.
 # (PR_SET_PDEATHSIG signals for every thread of a dying worker, and a script's second SIGTERM ends it unsaved.)
+# A signal to all processes of a job reaches the script too: the guard waits for it. SIG_IGN would be inherited.
 GUARD = """
-import os, subprocess, sys, threading
+import os, signal, subprocess, sys, threading
 from filelock import FileLock
+
+for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), lambda *_: None)
 
 def stop_with_worker():
     os.read(0, 1)
@@ -208,20 +218,19 @@ def work(task: Task, num_threads: int) -> None:
     script of a worker that was killed has saved and ended.
     """
     task.log.parent.mkdir(parents=True, exist_ok=True)
-    script_lock = task.log.with_suffix(".script.lock")
     with FileLock(task.log.with_suffix(".lock")), open(task.log, "a") as log:
-        with FileLock(script_lock):
+        with FileLock(task.script_lock):
             run = task.find_run()
         if run and run.is_complete:
             return
         command = [sys.executable, *task.command(run)]
         print(f"# {platform.node()}, {time.strftime('%F %T')}\n$ {shlex.join(command)}", file=log, flush=True)
         script = subprocess.Popen(
-            [sys.executable, "-c", GUARD, str(script_lock), *command],
+            [sys.executable, "-c", GUARD, str(task.script_lock), *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHON_CPU_COUNT": str(num_threads)},
             start_new_session=True,  # Ctrl-C is the sweep's, which stops its scripts
         )
         try:
@@ -239,6 +248,8 @@ def work(task: Task, num_threads: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- all of them
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def start_ray(options: Options) -> float:
@@ -338,12 +349,15 @@ def run_all(tasks: list[Task], options: Options, gpus: float) -> dict[str, str]:
                 summary = f"{done} finished, {len(failed)} failed, {len(pending)} running or waiting"
                 live.update(progress_table(list(pending.values()), started, summary))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         print("stopping: the runs save what they have", flush=True)
         for reference in pending:
             ray.cancel(reference)
         ray.wait(list(pending), num_returns=len(pending))
+        for task in pending.values():  # where the signal ended Ray's worker too, its script may be saving still
+            if task.log.exists():
+                FileLock(task.script_lock).acquire()
         print(f"stopped: {done} finished, {len(pending)} to go; the same command goes on", flush=True)
     else:
         print(f"{done} finished, {len(failed)} failed")
@@ -364,7 +378,8 @@ def main(options: Options) -> None:
             print(shlex.join(["python", *task.command(task.find_run())]))
     elif tasks:
         gpus = start_ray(options)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler)
         failed = run_all(tasks, options, gpus)
         if failed:
             sys.exit("\n".join(f"failed: {name}: {why}" for name, why in failed.items()))

@@ -62,7 +62,7 @@ def test_sweep_survives_kill_and_ctrl_c_and_trains_nothing_twice(tmp_path):
     """SIGKILL to the driver; again, then Ctrl-C; again, then SIGKILL to Ray's worker; to the end."""
     options = sweep.Options(**GRID, runs_dir=tmp_path / "runs")
     (task,), _ = sweep.plan(sweep.select_cells(options), options, [])
-    lock = str(task.log.with_suffix(".script.lock"))
+    lock = str(task.script_lock)
 
     def start_and_wait(tries: int):
         process = start_script("benchmark/sweep.py", *COMMAND, cwd=tmp_path)
