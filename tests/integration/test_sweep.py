@@ -1,7 +1,10 @@
 """benchmark/suites.py and sweep.py: the papers' cells, a sweep killed in every way, and mistakes in its flags."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +58,30 @@ def test_plan_makes_blocks_of_successive_seeds_that_share_no_folder():
         args = sweep.tyro.cli(load_script(task.script.name).Args, args=task.flags)
         assert {"script": task.script.stem, **asdict(args)} == task.args
         assert task.args["total_timesteps"] == 50_000 and task.args["num_envs"] == 8
+
+
+SAVES_FOR_A_SECOND = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_to_the_whole_job_leaves_the_guard_to_wait(tmp_path):
+    command = [sys.executable, "-c", sweep.GUARD, "lock", sys.executable, "-c", SAVES_FOR_A_SECOND]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        assert guard.poll() is None
+        time.sleep(0.01)
+    os.killpg(guard.pid, signal.SIGTERM)
+    assert guard.wait(60) == 0 and (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
