@@ -768,8 +768,6 @@ def try_environment(args: Args) -> tuple[int, int, gym.spaces.Box]:
             message = f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         if isinstance(error, ImportError):
             message += "; your own module must be on PYTHONPATH, README.md says how to install others"
-        elif not isinstance(error, gym.error.Error):
-            traceback.print_exc()  # the way to the fault in the user's code
         if os.environ.get("MUJOCO_GL") == "disabled" and re.search(r"render|OpenGL|MUJOCO_GL", message):
             message += "; MUJOCO_GL=egl lets it render"
         fail(f"--env-id {args.env_id}: {message}")
