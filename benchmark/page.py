@@ -204,6 +204,14 @@ def dog_text(data: Data) -> str:
     return f"{number(trained)} of 1000 in training, {number(evaluated)} evaluated (the paper: {number(printed)})"
 
 
+def dog_layer_norm_text(data: Data) -> str:
+    """At the last evaluation of LayerNorm alone, which is unfinished."""
+    ours = dog_run_curve(data, "training_return")
+    alone = dog_run_curve(data, "training_return", LAYER_NORM_ALONE)
+    step = alone.index.intersection(ours.index)[-1]
+    return f"{number(alone[step])} at {step:,}, AMS {number(ours[step])}"
+
+
 def speed_claim(data: Data, cores: int) -> Claim:
     """TD3's and SAC's rates over sbx-rl's of the same round, medians; the verdict is the weakest of theirs."""
     shown = []
@@ -412,6 +420,7 @@ def blocks_of(data: Data) -> dict[str, str]:
         "pendulum": pendulum_table(data),
         "speed": speed_table(data),
         "dog": dog_text(data),
+        "dog_layer_norm": dog_layer_norm_text(data),
         "impossible": impossible_deviations(data),
     }
 

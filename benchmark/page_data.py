@@ -182,9 +182,9 @@ SHIFT_NETWORKS = (
 )
 
 
-def dog_run_curve(data: Data, metric: str) -> pd.Series:
-    """A return of AMS on TD3, seed 1, by vector step."""
-    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.exp_name == "AMS on TD3")]
+def dog_run_curve(data: Data, metric: str, name: str = "AMS on TD3") -> pd.Series:
+    """A return of seed 1 by vector step."""
+    rows = data.runs[(data.runs.env_name == "dog-run") & (data.runs.exp_name == name)]
     return rows[rows.metric == metric].set_index("step").value.sort_index()
 
 

@@ -10,6 +10,7 @@ from intervals import interval
 from page_data import (
     ESCAPE,
     GRID,
+    LAYER_NORM_ALONE,
     LIBRARIES,
     PAVE_METHODS,
     PENDULUM,
@@ -215,6 +216,9 @@ def draw_dog_run(data: Data, path: Path) -> None:
     for metric, style, what in (("training_return", "-", "training"), ("avg_return", ":", "evaluation")):
         curve = dog_run_curve(data, metric).loc[1:]
         axis.plot(8 * curve.index / 1e6, curve, style, color=BLUE, label=f"AMS on TD3, ours, seed 1: {what}")
+    curve = dog_run_curve(data, "training_return", LAYER_NORM_ALONE)
+    label = "LayerNorm alone, ours, seed 1, unfinished: training"
+    axis.plot(8 * curve.index / 1e6, curve, color=PURPLE, label=label)
     theirs = data.paper[data.paper.table.eq("AMS, table 2") & data.paper.env_id.eq("dog-run")].set_index("name")
     for name, colour in (("AMS on SAC", GREEN), ("AMS on TD3", BLUE), ("TD3", BLACK)):
         value = theirs.value[name]
