@@ -181,7 +181,7 @@ def grad_loss(previous_action: Tensor, action: Tensor, next_action: Tensor) -> T
 
 
 class Batch(NamedTuple):
-    """Transitions: a sample of the replay; one that is added is of arrays [S * N, ...]."""
+    """Transitions: a sample of the replay; a step of training comes as NumPy arrays [S * N, ...]."""
 
     observations: Tensor  # [S, B, O]
     actions: Tensor  # [S, B, A]
@@ -406,8 +406,7 @@ def check_memory(args: Args, width: int, capacity: int, device: torch.device) ->
 def check_fits(args: Args, kind: str, gigabytes: float, free: float) -> None:
     print(f"a full replay needs {gigabytes:.2f} GB of {kind}; {free:.1f} GB are free", flush=True)
     if gigabytes > free:
-        remedy = f"a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})"
-        fail(f"the replay cannot fit: {remedy}; --no-save-replay needs no room for its copy")
+        fail(f"the replay cannot fit: a smaller --buffer-size ({args.buffer_size}) or --num-seeds ({args.num_seeds})")
 
 
 def free_memory() -> float:
@@ -644,7 +643,7 @@ def sendable_errors():
 
 
 def count_cores() -> int:
-    """Those that this process may use, or as many as PYTHON_CPU_COUNT says, which Python 3.13 obeys too."""
+    """Those that this process may use; the variable PYTHON_CPU_COUNT, Python 3.13's own, tells it another number."""
     told = os.environ.get("PYTHON_CPU_COUNT", "")
     if told.isdigit() and int(told) > 0:
         return int(told)
@@ -1038,7 +1037,8 @@ def prepare_process(num_envs: int) -> None:
     torch.set_num_threads(min(4, free_cores, allowed))  # more than 4 gain nothing
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered
     if sys.platform == "linux" and not multiprocessing.get_start_method(allow_none=True):
-        multiprocessing.set_start_method("fork")  # Python 3.14's default is a server, which dies of a stop signal
+        # From Python 3.14 on a server forks the workers: a signal to the whole job would end it, and them, at once.
+        multiprocessing.set_start_method("fork")
     if sys.platform == "linux":  # keep freed memory: the page faults would take a third of a CPU's update
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; an old glibc refuses the first

@@ -263,11 +263,9 @@ def quadruped_table(data: Data) -> str:
 
 
 def escape(data: Data, name: str, seed: str) -> str:
-    """The first step, in thousands, at which the training return on quadruped-run is above ESCAPE; - without a run."""
+    """The first step, in thousands, at which the training return on quadruped-run is above ESCAPE."""
     rows = data.runs[(data.runs.exp_name == name) & (data.runs.env_name == QUADRUPED) & (data.runs.seed == seed)]
     curve = rows[rows.metric == "training_return"].set_index("step").value.sort_index()
-    if curve.empty:
-        return "-"
     above = curve.index[curve > ESCAPE]
     return f"{above[0] // 1000}" if len(above) else "never"
 

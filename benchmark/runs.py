@@ -71,7 +71,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs in a folder, oldest first, or the one that it is; what cannot be read is passed over, with a line."""
+    """The runs anywhere below a folder, or in it, oldest first; what cannot be read is passed over, with a line."""
     paths = folder.rglob("args.json")
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
